@@ -1,0 +1,81 @@
+"""Putting questions to a suspect: the only place of this package where torch and strangers' code are touched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+Suspect = Callable[[Tensor], Any]
+"""From inputs float32 [n, ...] to scores [n, C] or labels [n]: a tensor, an array, or nested lists."""
+
+
+def keyed_order(seed: int, purpose: str, length: int) -> list[int]:
+    """A permutation of range(length) drawn from the key's seed.
+
+    The items are sorted by SHA-256 of (seed, purpose, item), so that the order can be derived again on any machine
+    with any version of any library; no generator's stream promises that.
+
+    Args:
+        seed: integer >= 0 of any size.
+        purpose: names the draw; other purposes give unrelated orders.
+        length: >= 0.
+    """
+    prefix = f"honeytrace verification order\n{seed}\n{purpose}\n".encode()
+    return sorted(range(length), key=lambda item: hashlib.sha256(prefix + str(item).encode()).digest())
+
+
+@contextmanager
+def quiet(suspect: Suspect) -> Iterator[None]:
+    """No gradients; an nn.Module is in eval mode inside and gets each submodule's own mode back afterwards."""
+    modes = [(part, part.training) for part in suspect.modules()] if isinstance(suspect, nn.Module) else []
+    try:
+        if isinstance(suspect, nn.Module):
+            suspect.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def ask(suspect: Suspect, inputs: Tensor) -> npt.NDArray[np.generic]:
+    """One batch of questions: [n, ...] float32 inputs -> the answers as an array with n rows.
+
+    The suspect gets a copy of the inputs, on the device of its first parameter if it is an nn.Module.
+
+    Raises:
+        TypeError: the answer is no tensor, array or nested list of real numbers.
+        ValueError: its shape is neither [n, C] nor [n].
+    """
+    device = torch.device("cpu")
+    if isinstance(suspect, nn.Module):
+        device = next((parameter.device for parameter in suspect.parameters()), device)
+    answer = suspect(inputs.to(device=device, dtype=torch.float32, copy=True))
+    if isinstance(answer, Tensor):
+        answer = answer.detach().cpu()
+        # NumPy has no bfloat16.
+        answer = (answer.double() if answer.is_floating_point() else answer).numpy()
+    try:
+        rows = np.asarray(answer)
+    except ValueError:
+        raise ValueError(
+            "suspect must return scores [n, C] or labels [n], got rows of different lengths"
+        ) from None
+    if rows.dtype.kind not in "fiu":
+        raise TypeError(
+            f"suspect must return scores [n, C] or labels [n] as real numbers, got {type(answer).__name__} "
+            f"of dtype {rows.dtype}"
+        )
+    if rows.ndim not in (1, 2) or rows.shape[0] != inputs.shape[0]:
+        raise ValueError(
+            f"suspect must return scores [n, C] or labels [n] for n={inputs.shape[0]} inputs, got shape "
+            f"{list(rows.shape)}"
+        )
+    return rows

@@ -1,0 +1,281 @@
+"""`verify`: put a watermark's triggers to a suspect and decide, with a false-claim probability stated beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from honeytrace.ownership.answers import (
+    AnswerKind,
+    FloatArray,
+    ScoreKind,
+    clean_labels,
+    clean_scores,
+    top_labels,
+)
+from honeytrace.ownership.calibrator import DEFAULT_CALIBRATOR
+from honeytrace.ownership.power import smallest_p_value
+from honeytrace.ownership.rank_test import exact_p_value, target_rank
+from honeytrace.ownership.scores import SCORE_NOISE, score_labels, score_probabilities
+from honeytrace.ownership.sequential import Rule, SequentialTest
+from honeytrace.ownership.suspect import Suspect, ask, keyed_order, quiet
+from honeytrace.ownership.t_test import TTest, t_test
+from honeytrace.ownership.verdict import GroupRecord, Verdict
+
+FEWEST_CANDIDATES = 3
+"""Fewer candidates than this carry too little evidence a group for the draw of targets to be worth a test."""
+
+
+class TriggerGroup(Protocol):
+    """One group's verifiable side. The target must be a uniform draw from the candidates that nothing else in the
+    group depends on: the tests are exact for that reason and no other."""
+
+    @property
+    def candidates(self) -> Sequence[int]:
+        """[K] distinct classes the target was drawn from."""
+        ...
+
+    @property
+    def target(self) -> int:
+        """One of the candidates. Secret."""
+        ...
+
+    @property
+    def triggers(self) -> Tensor:
+        """[n, ...] float32 inputs. Secret."""
+        ...
+
+    @property
+    def reference_log_probs(self) -> Tensor:
+        """[n, C] log-probabilities of the owner's unmarked reference on the triggers."""
+        ...
+
+
+class VerifiableWatermark(Protocol):
+    """What `verify` needs of a watermark."""
+
+    @property
+    def groups(self) -> Sequence[TriggerGroup]:
+        """The trigger groups; how many there are was fixed when the watermark was made."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        ...
+
+    def opened(self, key: Any) -> object:
+        """Raise ValueError if the key does not belong to this watermark."""
+        ...
+
+    def verification_seed(self, key: Any) -> int:
+        """Integer >= 0 for the order of the questions; it must not depend on the targets."""
+        ...
+
+
+def verify(
+    suspect: Suspect,
+    watermark: VerifiableWatermark,
+    key: Any,
+    *,
+    alpha: float = 1e-3,
+    answers: Literal["auto", "scores", "labels"] = "auto",
+    scores_are: ScoreKind = "auto",
+    rule: Rule = "exact",
+    stop_at_claim: bool = True,
+    batch_size: int = 256,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Verdict:
+    """Ask a suspect about the watermark's triggers and decide whether it was trained on the protected answers.
+
+    If it was not, it is claimed against with probability at most alpha, whatever it is and does: the probability is
+    over the key's draw of the target classes, and no assumption is made about honest models (DESIGN "Ownership",
+    invariant 7). Groups are asked in an order drawn from the key; after each the rule is looked at.
+
+    Args:
+        suspect: any callable from inputs float32 [n, ...] to scores [n, C] or labels [n] (tensors, arrays, lists). An
+            nn.Module is asked in eval mode without gradients and gets its mode back. Answers that make no sense are
+            repaired by fixed rules (answers.py).
+        watermark: an opened watermark, or anything that satisfies VerifiableWatermark.
+        key: its secret key.
+        alpha: false-claim probability, in (0, 1). Part of the rule: declare it beforehand, and once.
+        answers: "scores", "labels" (top-1 also where the suspect gives scores), or "auto": what the suspect's first
+            answer is.
+        scores_are: "probabilities", "logits", or "auto", decided for each group by a rule that knows no target.
+        rule: "exact" (default, more power) or "e-process" (claim when the e-value reaches 1 / alpha); sequential.py
+            explains and compares them. Declare it beforehand.
+        stop_at_claim: ask no further groups once the rule has claimed. False asks all of them: the claim stays as it
+            was made, and the fixed-sample p-value is known.
+        batch_size: most inputs given to the suspect at once, >= 1. Groups are never mixed in a batch.
+        progress: called after each batch with (queries so far, queries in all, a short text with the running
+            e-value; nothing secret).
+
+    Returns:
+        A Verdict. Its text and dict hold nothing secret.
+
+    Raises:
+        TypeError: suspect is not callable, or answers something that is not numbers.
+        ValueError: an argument is out of range, the key is not the watermark's, the suspect's answers have an
+            impossible shape or change between scores and labels, or a group has fewer than 3 candidates.
+    """
+    _check_arguments(suspect, answers, scores_are, batch_size)
+    watermark.opened(key)
+    groups = [
+        _read_group(group, index, watermark.num_classes) for index, group in enumerate(watermark.groups)
+    ]
+    if not groups:
+        raise ValueError("watermark must have at least one trigger group, got none")
+    test = SequentialTest(alpha, len(groups), rule)
+    seed = watermark.verification_seed(key)
+    queries_total = sum(len(group.reference) for group in groups)
+    kind: AnswerKind | None = None if answers == "auto" else answers
+    records: list[GroupRecord] = []
+    evidence: list[tuple[FloatArray, int]] = []
+    compared: list[tuple[FloatArray, FloatArray]] = []
+    asked, asked_until_claim, e_value = 0, 0, 1.0
+    for index in keyed_order(seed, "groups", len(groups)):
+        group = groups[index]
+        said: list[npt.NDArray[np.generic]] = []
+        order = keyed_order(seed, f"triggers of group {index}", len(group.reference))
+        for start in range(0, len(order), batch_size):
+            batch = torch.as_tensor(order[start : start + batch_size])
+            with quiet(suspect):
+                said.append(ask(suspect, group.triggers[batch]))
+            asked += len(batch)
+            if progress is not None:
+                place = f"group {len(records) + 1} of {len(groups)}, e-value {test.e_value:.3g}"
+                progress(asked, queries_total, place)
+        kind = _kind_of(said, kind, answers)
+        rows = np.concatenate(said)[np.argsort(order)]
+        scores, scale_floor, pair = _score(rows, group, kind, scores_are)
+        weights = DEFAULT_CALIBRATOR.weights(scores, scale_floor=scale_floor)
+        was_claimed = test.claim
+        look = test.add(weights, group.target_index)
+        if not was_claimed:
+            asked_until_claim, e_value = asked, look.running_e
+        evidence.append((weights, group.target_index))
+        compared.append(pair)
+        rank = target_rank(scores, group.target_index)
+        records.append(
+            GroupRecord(
+                index=index,
+                candidates=scores.size,
+                target_rank=rank,
+                rank_p_value=rank / scores.size,
+                e_value=look.e_value,
+                running_e=look.running_e,
+                p_value=look.p_value,
+                queries=len(order),
+            )
+        )
+        if look.claim and stop_at_claim:
+            break
+    assert kind is not None
+    complete = len(records) == len(groups)
+    return Verdict(
+        claim=test.claim,
+        alpha=alpha,
+        rule=rule,
+        p_value=test.p_value,
+        e_value=e_value,
+        anytime_p_value=test.anytime_p_value,
+        exact_p_value=exact_p_value(*_columns(evidence)) if complete else None,
+        smallest_p_value=smallest_p_value([len(group.candidates) for group in groups]),
+        queries=asked_until_claim,
+        queries_total=queries_total,
+        answers=kind,
+        groups=tuple(records),
+        t_test=_compare(compared),
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class _Group:
+    """A TriggerGroup that has been checked. No repr: it holds secrets."""
+
+    candidates: npt.NDArray[np.int64]
+    target_index: int
+    triggers: Tensor
+    reference: FloatArray
+
+
+def _read_group(group: TriggerGroup, index: int, num_classes: int) -> _Group:
+    """Errors here name the group and what is wrong, never a target or a trigger."""
+    candidates = np.asarray(list(group.candidates), dtype=np.int64)
+    if candidates.size < FEWEST_CANDIDATES:
+        raise ValueError(
+            f"group {index} has {candidates.size} candidate classes for its target, at least "
+            f"{FEWEST_CANDIDATES} are needed (num_classes={num_classes}: a task needs at least "
+            f"{FEWEST_CANDIDATES} classes beside a group's source classes)"
+        )
+    position = np.flatnonzero(candidates == group.target)
+    if position.size != 1:
+        raise ValueError(f"group {index}: the target must be exactly one of the candidates")
+    reference = group.reference_log_probs.detach().cpu().double().numpy()
+    if reference.ndim != 2 or reference.shape != (len(group.triggers), num_classes) or len(reference) == 0:
+        raise ValueError(
+            f"group {index}: reference_log_probs must have shape [n, C] for n={len(group.triggers)} >= 1 triggers "
+            f"and C={num_classes}, got {list(reference.shape)}"
+        )
+    return _Group(candidates, int(position[0]), group.triggers.detach(), reference)
+
+
+def _check_arguments(suspect: Suspect, answers: str, scores_are: str, batch_size: int) -> None:
+    if not callable(suspect):
+        raise TypeError(f"suspect must be callable, got {type(suspect).__name__}")
+    if answers not in ("auto", "scores", "labels"):
+        raise ValueError(f"answers must be 'auto', 'scores' or 'labels', got {answers!r}")
+    if scores_are not in ("auto", "probabilities", "logits"):
+        raise ValueError(f"scores_are must be 'auto', 'probabilities' or 'logits', got {scores_are!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def _kind_of(said: list[npt.NDArray[np.generic]], kind: AnswerKind | None, wanted: str) -> AnswerKind:
+    dimensions = {rows.ndim for rows in said}
+    if kind is None:
+        kind = "scores" if said[0].ndim == 2 else "labels"
+    if kind == "scores" and 1 in dimensions:
+        raise ValueError(
+            f"suspect returned labels [n] where scores [n, C] were expected (answers={wanted!r})"
+        )
+    if len(dimensions) > 1 or (wanted == "auto" and kind == "labels" and 2 in dimensions):
+        raise ValueError("suspect changed between scores [n, C] and labels [n] from one batch to another")
+    return kind
+
+
+def _score(
+    rows: npt.NDArray[np.generic], group: _Group, kind: AnswerKind, scores_are: ScoreKind
+) -> tuple[FloatArray, float, tuple[FloatArray, FloatArray]]:
+    """Scores [K], the size of differences that mean nothing, and target probabilities (suspect's, reference's)."""
+    num_classes = group.reference.shape[1]
+    target = int(group.candidates[group.target_index])
+    if rows.ndim == 2:
+        probabilities = clean_scores(rows, num_classes=num_classes, scores_are=scores_are)
+    if kind == "scores":
+        scores = score_probabilities(probabilities, group.reference, group.candidates)
+        return scores, SCORE_NOISE, (probabilities[:, target], np.exp(group.reference[:, target]))
+    labels = top_labels(probabilities) if rows.ndim == 2 else clean_labels(rows, num_classes=num_classes)
+    expected = group.reference.argmax(axis=1)
+    scores = score_labels(labels, expected, group.candidates, num_classes=num_classes)
+    hits = (labels == target).astype(np.float64), (expected == target).astype(np.float64)
+    return scores, 1 / len(labels), hits  # one answer more or less is no evidence
+
+
+def _columns(evidence: list[tuple[FloatArray, int]]) -> tuple[list[FloatArray], list[int]]:
+    return [weights for weights, _ in evidence], [index for _, index in evidence]
+
+
+def _compare(compared: list[tuple[FloatArray, FloatArray]]) -> TTest | None:
+    suspect = np.concatenate([pair[0] for pair in compared])
+    reference = np.concatenate([pair[1] for pair in compared])
+    if suspect.size < 2 or not math.isfinite(float(suspect.sum() + reference.sum())):
+        return None
+    return t_test(suspect, reference)
