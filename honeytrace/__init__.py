@@ -1,0 +1,44 @@
+"""Honeytrace: a plug-and-play watermark for the answers of a classifier, and the proof that a copy stole it.
+
+Importing this package is cheap: it compiles nothing, starts no thread, needs no GPU and does not import torch.
+Every public name is resolved when it is first used, through the table below.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from honeytrace import ops as ops
+    from honeytrace.doctor import doctor as doctor
+    from honeytrace.ops import reference as reference
+    from honeytrace.ops.rule import WatermarkRule as WatermarkRule
+
+__version__ = "0.1.0"
+
+# Public name -> (module, attribute in it); an attribute of None means the module itself. A new public name is one
+# line here and one line under TYPE_CHECKING above.
+_LAZY: dict[str, tuple[str, str | None]] = {
+    "WatermarkRule": ("honeytrace.ops.rule", "WatermarkRule"),
+    "doctor": ("honeytrace.doctor", "doctor"),
+    "ops": ("honeytrace.ops", None),
+    "reference": ("honeytrace.ops.reference", None),
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module_name, attribute = _LAZY[name]
+    except KeyError:
+        raise AttributeError(f"module 'honeytrace' has no attribute {name!r}") from None
+    module = importlib.import_module(module_name)
+    value = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value  # the next access is an ordinary attribute look-up
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

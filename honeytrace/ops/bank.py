@@ -1,0 +1,78 @@
+"""The trigger bank, laid out once for the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from honeytrace.ops.checks import check_finite, check_not_empty, check_tensor
+
+
+class Bank:
+    """Rows of features of G trigger groups, checked and packed once; every op takes it in place of the raw tensor.
+
+    Args:
+        rows: [G, M, D], or [M, D] for one group; float32, float16 or bfloat16, finite. The rows are copied (a
+            later change of the tensor does not reach the bank); the copy is differentiable, so a bank made from rows
+            that require a gradient passes it on.
+
+    Attributes:
+        rows: float32 [G, M, D], contiguous.
+        packed: the rows in the compiled core's layout, float32, one dimension; None without the compiled core and on
+            other devices than the CPU.
+        norms: Euclidean norms of the rows as the core wants them, float32 [G, M rounded up to its lanes]; None with it.
+        groups, size, features: G, M and D.
+
+    Raises:
+        TypeError: rows of another type or dtype.
+        ValueError: another number of dimensions, an empty dimension, a NaN or infinite value.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        if isinstance(rows, Tensor) and rows.dim() == 2:
+            rows = rows[None]
+        check_tensor("rows", rows, 3, "[G, M, D] or [M, D]")
+        check_not_empty("rows", rows, 0, "[G, M, D] or [M, D]")
+        check_finite("rows", rows)
+        self._hold(rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
+
+    def _hold(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.groups, self.size, self.features = rows.shape
+        self.packed, self.norms = pack(rows)
+
+    def to(self, device: torch.device | str) -> Bank:
+        """The bank on `device`; itself if it is there already."""
+        if torch.device(device) == self.rows.device:
+            return self
+        moved = self.rows.to(device)
+        if moved.device == self.rows.device:
+            return self
+        bank = Bank.__new__(Bank)
+        bank._hold(moved)
+        return bank
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self.rows.device
+
+    def __repr__(self) -> str:
+        # Sizes only: the rows give the triggers away.
+        return f"Bank(groups={self.groups}, size={self.size}, features={self.features}, device={self.device})"
+
+
+def pack(rows: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Lay float32 rows [G, M, D] out for the compiled core; (None, None) where it is not there or not meant."""
+    if rows.device.type != "cpu":
+        return None, None
+    try:
+        from honeytrace import _C
+    except ImportError:
+        return None, None
+    groups, size, features = rows.shape
+    source = rows.detach().contiguous()
+    packed = torch.empty(_C.packed_size(groups, size, features), dtype=torch.float32)
+    norms = torch.empty((groups, -(-size // _C.LANES) * _C.LANES), dtype=torch.float32)
+    _C.pack_bank(source.data_ptr(), groups, size, features, packed.data_ptr(), norms.data_ptr())
+    return packed, norms

@@ -1,0 +1,163 @@
+"""`watermark`: distance, similarity, sign hash and mixing in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from honeytrace.ops.bank import Bank
+from honeytrace.ops.checks import KERNEL_DTYPES, check_device, check_not_empty, check_seed, check_size, check_tensor
+from honeytrace.ops.feature_distance import bank_tensors, check_queries, distance_backward
+from honeytrace.ops.feature_distance import op as distance_op
+from honeytrace.ops.library import call, define
+from honeytrace.ops.reference import WatermarkOutput, check_planes, check_target_logits
+from honeytrace.ops.rule import METRICS, WatermarkRule
+from honeytrace.ops.watermark_mix import mix_backward
+
+
+def watermark(
+    features: Tensor,
+    logits: Tensor,
+    bank: Bank | Tensor,
+    target_logits: Tensor,
+    planes: Tensor,
+    *,
+    rule: WatermarkRule,
+    seed: int,
+) -> WatermarkOutput:
+    """Feature distance, similarity, sign hash and mixing fused; nothing of size [B, M] is ever in memory.
+
+    Args:
+        features: [B, D] and logits [B, C], each float32, float16 or bfloat16; B may be 0.
+        bank: a `Bank`, or a tensor [G, M, D] or [M, D] (then G = 1), which is packed anew at every call.
+        target_logits: [G, C], finite.
+        planes: [P, D], 1 <= P <= 64, finite.
+        rule: see `WatermarkRule`.
+        seed: 64 bits of the secret key, 0 <= seed < 2^64. A traced program (torch.compile, torch.export) holds it as
+            a constant: keep such programs as secret as the key.
+
+    Returns:
+        `WatermarkOutput`: logits [B, C] in the dtype given, similarity [B, G] float32 (clipped, before shaping),
+        group [B] int64, flipped [B] bool. Rows with features or logits that are not finite have similarity 0 and come
+        back bit for bit. Logits and similarity are differentiable in features, logits, bank and target_logits; the
+        nearest rows, group, confidence thresholds and flips count as constants.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype (float64 is for `honeytrace.reference`).
+        ValueError: wrong shape, device, k or seed; a bank, planes or target logits that are not finite.
+
+    Source: Neural Honeytrace (arXiv 2501.09328), section 4, with the additions of DESIGN, section 3.
+    """
+    if not isinstance(rule, WatermarkRule):
+        raise TypeError(f"rule must be a WatermarkRule, got {type(rule).__name__}")
+    rows, packed, norms = bank_tensors(bank)
+    check_queries(features, rows, rule.k)
+    rule.check_groups(rows.shape[0])
+    check_tensor("logits", logits, 2, "[B, C]")
+    check_size("logits", logits, 0, "B", features.shape[0], "features")
+    check_device("logits", logits, features.device, "features")
+    check_not_empty("logits", logits, 1, "[B, C]")
+    check_target_logits(target_logits, logits, rows.shape[0], "bank", KERNEL_DTYPES)
+    check_tensor("planes", planes, 2, "[P, D]")
+    check_planes(features, planes)
+    return WatermarkOutput(
+        *call(
+            op,
+            features.requires_grad or logits.requires_grad or rows.requires_grad or target_logits.requires_grad,
+            features,
+            logits,
+            rows,
+            packed,
+            norms,
+            target_logits,
+            planes,
+            rule.k,
+            rule.metric_code,
+            rule.exponent,
+            rule.offsets,
+            rule.scales,
+            rule.confidence_weight,
+            rule.mixing_numbers,
+            check_seed(seed),
+        )
+    )
+
+
+def _fake(
+    features: Tensor,
+    logits: Tensor,
+    rows: Tensor,
+    packed: Tensor | None,
+    norms: Tensor | None,
+    target_logits: Tensor,
+    planes: Tensor,
+    k: int,
+    metric: int,
+    p: float,
+    offset: Sequence[float],
+    scale: Sequence[float],
+    confidence_weight: float,
+    rule: Sequence[float],
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, classes = logits.shape
+    return (
+        logits.new_empty((batch, classes)),
+        logits.new_empty((batch, rows.shape[0]), dtype=torch.float32),
+        logits.new_empty((batch,), dtype=torch.int64),
+        logits.new_empty((batch,), dtype=torch.bool),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (features, logits, rows, packed, norms, target_logits, _, *numbers) = inputs
+    ctx.k, ctx.metric, ctx.p, _, ctx.scale, ctx.confidence_weight, ctx.rule, _ = numbers
+    ctx.save_for_backward(features, logits, rows, packed, norms, target_logits, *output[1:])
+
+
+def _backward(
+    ctx: Any, grad_logits: Tensor, grad_similarity: Tensor, _group: Any, _flipped: Any
+) -> tuple[Tensor | None, ...]:
+    features, logits, rows, packed, norms, target_logits, similarity, group, flipped = ctx.saved_tensors
+    of_logits, of_mixed_similarity, of_target = mix_backward(
+        grad_logits, logits, similarity, target_logits, group, flipped, ctx.rule
+    )
+    inside = (similarity > 0) & (similarity < 1)
+    scale = similarity.new_tensor(ctx.scale)
+    of_margin = torch.where(inside, grad_similarity + of_mixed_similarity, 0.0) / scale
+    if ctx.confidence_weight > 0:
+        of_logits = of_logits + confidence_backward(
+            -ctx.confidence_weight * of_margin.sum(dim=1), logits, inside.any(dim=1)
+        )
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    of_features = of_rows = None
+    if any(wanted):
+        # The fused kernel does not say which rows were the nearest; found again, only when a gradient asks for it.
+        indices = distance_op(features, rows, packed, norms, ctx.k, ctx.metric, ctx.p)[1]
+        of_features, of_rows = distance_backward(
+            -of_margin, features, rows, indices, METRICS[ctx.metric], ctx.p, wanted
+        )
+    return of_features, of_logits, of_rows, None, None, of_target, *[None] * 9
+
+
+def confidence_backward(grad: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+    """Gradient of c = max softmax(logits) in logits [B, C] for grad [B], in the rows [B] that are marked."""
+    z = torch.where(rows[:, None], logits, 0.0).float()
+    probabilities = torch.softmax(z, dim=1)
+    c, top = probabilities.max(dim=1, keepdim=True)
+    slope = c * (torch.zeros_like(z).scatter(1, top, 1.0) - probabilities)
+    return torch.where(rows[:, None], grad[:, None] * slope, 0.0).to(logits.dtype)
+
+
+op = define(
+    "watermark",
+    "(Tensor features, Tensor logits, Tensor rows, Tensor? packed, Tensor? norms, Tensor target_logits, Tensor planes,"
+    " int k, int metric, float p, float[] offset, float[] scale, float confidence_weight, float[] rule, int seed)"
+    " -> (Tensor mixed, Tensor similarity, Tensor group, Tensor flipped)",
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
