@@ -229,7 +229,7 @@ def _make_optimizer(
 
 @contextmanager
 def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, the default generators of the CPU and of `device` start from `seed`; outside, they are as before.
+    """Inside, the default generators of CPU and `device` start from `seed`; outside, they are as before.
 
     Not ``torch.manual_seed``: that would also touch the generators of all other devices.
     """

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul & Vollgraf, arXiv 1708.07747): 70,000 grey 28x28 images of ten kinds of clothes."""
+"""Fashion-MNIST (Xiao, Rasul & Vollgraf, arXiv 1708.07747): 70,000 grey images of ten kinds of clothes."""
 
 import os
 from pathlib import Path
