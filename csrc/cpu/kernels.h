@@ -1,0 +1,78 @@
+// What a level offers: one table of functions, and the plain structs they take. This is the only thing that the
+// translation units of different instruction sets share, so it holds data and no code.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace honeytrace {
+
+struct SmallestK;  // core/topk.h
+
+constexpr size_t kLanes = 16;  // bank rows in a panel, on every level
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+enum class Metric : int { kL1 = 0, kL2 = 1, kLp = 2, kCosine = 3 };
+
+// Rows to be read as float32: `rows` x `columns` at a distance of `stride` elements.
+struct RowSource {
+    const void* data;
+    DType dtype;
+    size_t rows, columns, stride;
+};
+
+// Converts rows to float32 at `out` (row stride out_stride); a row with a NaN or infinity becomes zeros and gets
+// finite[row] = 0.
+struct LoadTask {
+    RowSource source;
+    float* out;
+    size_t out_stride;
+    uint8_t* finite;
+};
+
+// Mean of the k smallest distances of each query of a block to the rows of one group.
+struct DistanceTask {
+    float* queries;  // [batch][query_stride] float32, finite; cosine normalises it in place
+    size_t query_stride, batch, features;
+    const float* packed;  // [panels][features][kLanes]
+    const float* norms;   // [panels * kLanes]
+    size_t rows, k;
+    Metric metric;
+    double p;
+    const uint8_t* finite;
+    uint8_t* nonzero;     // [batch], written by normalise_rows, read for cosine
+    float* tiles;         // scratch [batch * features]
+    uint64_t* keys;       // scratch [batch * k]
+    SmallestK* smallest;  // scratch [batch]
+    float* distance;  // element of query i at distance[i * distance_stride]
+    size_t distance_stride;
+    int32_t* index;  // k of query i at index[i * index_stride], or null
+    size_t index_stride;
+};
+
+struct HashTask {
+    const float* queries;
+    size_t query_stride, batch, features;
+    const float* planes;  // [n_planes][features]
+    size_t n_planes;
+    const uint8_t* finite;
+    int64_t* bucket;
+};
+
+// confidence[i] = max softmax of row i of float32 logits.
+struct ConfidenceTask {
+    const float* logits;
+    size_t logits_stride, batch, classes;
+    float* confidence;
+};
+
+struct Kernels {
+    const char* name;
+    void (*load_rows)(const LoadTask&);
+    void (*normalise_rows)(const DistanceTask&);
+    void (*distance)(const DistanceTask&);
+    void (*sign_hash)(const HashTask&);
+    void (*confidence)(const ConfidenceTask&);
+};
+
+}  // namespace honeytrace

@@ -1,0 +1,144 @@
+"""CPU kernels on raw addresses. Use honeytrace.ops, which checks what it is given.
+
+Every ``*_ptr`` is the address of C-contiguous memory unless a stride is given beside it; shapes and dtypes are noted at
+each function (G groups, M bank rows, D features, B queries, C classes, P planes). ``dtype``: 0 float32, 1 float16,
+2 bfloat16. ``metric``: 0 l1, 1 l2, 2 lp, 3 cosine. Strides count elements. The GIL is released during a call.
+"""
+
+from typing import TypedDict
+
+LANES: int
+"""Bank rows in one packed panel: 16, on every instruction set."""
+
+Rule = tuple[float, float, float, float, int, float, float, float, int]
+"""(low_confidence, low_power, high_confidence, high_power, space (0 logits, 1 probabilities), strength, mixing_power,
+flip_power, flip_bins)"""
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    flags: str
+    levels: list[str]
+    sanitizers: str
+
+def packed_size(groups: int, rows: int, features: int) -> int:
+    """Number of float32 that `pack_bank` writes: groups * ceil(rows / 16) * features * 16."""
+
+def pack_bank(
+    rows_ptr: int, groups: int, rows: int, features: int, packed_ptr: int, norms_ptr: int
+) -> None:
+    """float32 [G, M, D] to packed [G, panel, D, lane] and Euclidean norms float32 [G, ceil(M / 16) * 16]."""
+
+def feature_distance(
+    features_ptr: int,
+    dtype: int,
+    batch: int,
+    features: int,
+    row_stride: int,
+    packed_ptr: int,
+    norms_ptr: int,
+    groups: int,
+    rows: int,
+    k: int,
+    metric: int,
+    p: float,
+    distance_ptr: int,
+    index_ptr: int,
+    threads: int,
+) -> None:
+    """Mean of the k smallest distances into float32 [B, G]; their rows, by (distance, row), into int32 [B, G, k].
+
+    ``index_ptr`` may be 0. A query with a NaN or infinity gets the distance +inf and the rows 0..k-1.
+    """
+
+def sign_hash(
+    features_ptr: int,
+    dtype: int,
+    batch: int,
+    features: int,
+    row_stride: int,
+    planes_ptr: int,
+    n_planes: int,
+    bucket_ptr: int,
+    threads: int,
+) -> None:
+    """Bit j of the int64 bucket [B] says whether dot(query, plane j) >= 0; planes float32 [P, D], P <= 64.
+
+    A query with a NaN or infinity gets the bucket 0.
+    """
+
+def watermark_mix(
+    logits_ptr: int,
+    dtype: int,
+    batch: int,
+    classes: int,
+    row_stride: int,
+    similarity_ptr: int,
+    target_logits_ptr: int,
+    bucket_ptr: int,
+    groups: int,
+    rule: Rule,
+    seed: int,
+    out_ptr: int,
+    group_ptr: int,
+    flipped_ptr: int,
+    threads: int,
+) -> None:
+    """Bends logits [B, C] by float32 similarity [B, G] towards float32 target logits [G, C].
+
+    Writes the answers [B, C] in the logits' dtype, int64 group [B] and bool flipped [B]; ``seed`` is in [0, 2^64).
+    """
+
+def watermark(
+    features_ptr: int,
+    features_dtype: int,
+    batch: int,
+    features: int,
+    features_stride: int,
+    logits_ptr: int,
+    logits_dtype: int,
+    classes: int,
+    logits_stride: int,
+    packed_ptr: int,
+    norms_ptr: int,
+    groups: int,
+    rows: int,
+    target_logits_ptr: int,
+    planes_ptr: int,
+    n_planes: int,
+    k: int,
+    metric: int,
+    p: float,
+    offset_ptr: int,
+    scale_ptr: int,
+    confidence_weight: float,
+    rule: Rule,
+    seed: int,
+    out_ptr: int,
+    similarity_ptr: int,
+    group_ptr: int,
+    flipped_ptr: int,
+    threads: int,
+) -> None:
+    """Distance, similarity, hash and mixing of each block of queries in one go; float32 offset and scale [G].
+
+    Writes what `watermark_mix` writes and the float32 similarity [B, G], clipped, before confidence shaping.
+    """
+
+def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Four 32-bit words of Philox4x32-10 (Salmon et al., SC 2011)."""
+
+def simd_levels() -> list[str]:
+    """Levels that this build holds and this machine runs, weakest first."""
+
+def simd_level() -> str:
+    """The level in use. The first question reads HONEYTRACE_SIMD; a level that cannot run raises ValueError."""
+
+def set_simd_level(name: str) -> None:
+    """Puts a level to use; one that cannot run raises ValueError with the names of those that can."""
+
+def pool_workers() -> int:
+    """Threads of the pool that this process has started so far; 0 before the first parallel call."""
+
+def build_info() -> BuildInfo:
+    """Compiler, flags, version, compiled levels and sanitizers of this build."""

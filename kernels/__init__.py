@@ -1,0 +1,1 @@
+"""Triton kernels of honeytrace, installed as the package ``honeytrace.kernels``."""
