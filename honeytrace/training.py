@@ -61,7 +61,7 @@ def fit(
     epochs: int,
     seed: int,
     batch_size: int = 128,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
     optimizer: Literal["adamw", "sgd"] = "adamw",
     weight_decay: float = 0.01,
     augment: Augment | None = None,
@@ -84,7 +84,7 @@ def fit(
         seed: 0 to 2**64 - 1; fixes the order of the samples, `augment` and dropout.
         batch_size: the data is cut into ceil(N / batch_size) batches as equal as possible, so that no tiny
             last batch upsets batch normalisation. Default 128.
-        learning_rate: the highest one of the cycle. Default 2e-3, for AdamW.
+        learning_rate: the highest one of the cycle. Default 3e-3, for AdamW.
         optimizer: "adamw" (arXiv 1711.05101) or "sgd" with Nesterov momentum 0.9.
         weight_decay: default 0.01; decoupled for "adamw".
         augment: changes each batch before it is learned.
@@ -98,7 +98,14 @@ def fit(
         FloatingPointError: the loss became infinite or NaN.
     """
     labels = _check_training_data(inputs, targets)
-    _check_fit(epochs, seed, batch_size, learning_rate, optimizer, weight_decay)
+    check_settings(
+        epochs=epochs,
+        seed=seed,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
+    )
     targets = targets.long() if labels else targets.float()
     device = _device(model)
     batches = math.ceil(len(inputs) / batch_size)
@@ -206,6 +213,31 @@ def excess_loss(model: nn.Module, inputs: Tensor, targets: Tensor, *, batch_size
     if labels:
         return functional.cross_entropy(logits, targets, reduction="none")
     return functional.cross_entropy(logits, targets, reduction="none") + torch.xlogy(targets, targets).sum(1)
+
+
+def check_settings(
+    *,
+    epochs: int,
+    seed: int,
+    batch_size: int = 1,
+    learning_rate: float = 1.0,
+    optimizer: str = "adamw",
+    weight_decay: float = 0.0,
+) -> None:
+    """Raise what `fit` would raise for these settings: for work that must not fail after costly steps.
+
+    Raises:
+        TypeError, ValueError: a setting has a wrong type or value.
+    """
+    _check_int("epochs", epochs, 1)
+    _check_int("batch_size", batch_size, 1)
+    _check_seed(seed)
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate must be finite and above 0, got learning_rate={learning_rate}")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay must be finite and 0 or more, got weight_decay={weight_decay}")
+    if optimizer not in ("adamw", "sgd"):
+        raise ValueError(f'optimizer must be "adamw" or "sgd", got optimizer={optimizer!r}')
 
 
 def _one_cycle(step: int, total: int) -> float:
@@ -334,20 +366,6 @@ def _check_classes(logits: Tensor, targets: Tensor) -> None:
         )
     if targets.dim() == 1 and int(targets.max()) >= classes:
         raise ValueError(f"targets must be labels below the model's C={classes}, got {int(targets.max())}")
-
-
-def _check_fit(
-    epochs: int, seed: int, batch_size: int, learning_rate: float, optimizer: str, weight_decay: float
-) -> None:
-    _check_int("epochs", epochs, 1)
-    _check_int("batch_size", batch_size, 1)
-    _check_seed(seed)
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(f"learning_rate must be finite and above 0, got learning_rate={learning_rate}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay must be finite and 0 or more, got weight_decay={weight_decay}")
-    if optimizer not in ("adamw", "sgd"):
-        raise ValueError(f'optimizer must be "adamw" or "sgd", got optimizer={optimizer!r}')
 
 
 def _check_int(name: str, value: int, minimum: int) -> None:

@@ -99,8 +99,8 @@ def ask(api: Api, queries: Tensor, *, batch_size: int = 256, progress: Progress 
         answers = _checked(api(batch), len(batch)).to(queries.device)
         if collected and answers.shape[1:] != collected[0].shape[1:]:
             raise ValueError(
-                f"api changed the shape of its answers from [B, {list(collected[0].shape[1:])}] "
-                f"to [B, {list(answers.shape[1:])}]"
+                f"api changed the shape of its answers on the way: after {list(collected[0].shape)} "
+                f"came {list(answers.shape)}"
             )
         collected.append(answers)
         done += len(batch)

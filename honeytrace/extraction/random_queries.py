@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from honeytrace.extraction.interface import Api, Extraction, ask
 from honeytrace.extraction.outliers import worst_dropped
-from honeytrace.training import Augment, History, Progress, fit, seeded
+from honeytrace.training import Augment, History, Progress, check_settings, fit, seeded
 
 
 def random_queries(
@@ -22,7 +22,7 @@ def random_queries(
     budget: int | None = None,
     drop_worst: float = 0.0,
     batch_size: int = 128,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
     augment: Augment | None = None,
     progress: Progress | None = None,
 ) -> Extraction:
@@ -52,7 +52,9 @@ def random_queries(
         TypeError, ValueError: an argument has a wrong type or value, the API's answers are malformed, or soft
             labels are wanted of an API that gives labels only.
     """
+    # Everything that can be wrong is looked at first: queries may cost money, and cannot be taken back.
     _check(pool, surrogate, labels, budget, drop_worst)
+    check_settings(epochs=epochs, seed=seed, batch_size=batch_size, learning_rate=learning_rate)
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randperm(len(pool), generator=generator)[:budget].to(pool.device)
     queries = pool[indices]
