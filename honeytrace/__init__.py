@@ -1,7 +1,7 @@
 """Honeytrace: a plug-and-play watermark for the answers of a classifier, and the proof that a copy stole it.
 
-Importing this package is cheap: it compiles nothing, starts no thread, needs no GPU and does not import torch.
-Every public name is resolved when it is first used, through the table below.
+Importing this package is cheap: it compiles nothing, starts no thread, needs no GPU and does not import
+torch. Every public name is resolved when it is first used, through the table below.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> (module, attribute in it); an attribute of None means the module itself. A new public name is one
-# line here and one line under TYPE_CHECKING above.
+# Public name -> (module, attribute in it); an attribute of None means the module itself. A new public name is
+# one line here and one line under TYPE_CHECKING above.
 _LAZY: dict[str, tuple[str, str | None]] = {
     "WatermarkRule": ("honeytrace.ops.rule", "WatermarkRule"),
     "doctor": ("honeytrace.doctor", "doctor"),
@@ -26,7 +26,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "reference": ("honeytrace.ops.reference", None),
 }
 
-__all__ = ["__version__", *_LAZY]
+__all__ = ["WatermarkRule", "__version__", "doctor", "ops", "reference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The watermark's operations on tensors: `torch.ops.honeytrace.*` behind checked Python functions.
 
-Each op has its file here (schema, fake, gradient, checks), its twin in `honeytrace.ops.reference`, and its kernels
-behind `honeytrace.ops.registry`.
+Each op has its file here (schema, fake, gradient, checks), its twin in `honeytrace.ops.reference`, and its
+kernels behind `honeytrace.ops.registry`.
 """
 
 from honeytrace.ops.bank import Bank

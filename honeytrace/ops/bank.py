@@ -9,18 +9,20 @@ from honeytrace.ops.checks import check_finite, check_not_empty, check_tensor
 
 
 class Bank:
-    """Rows of features of G trigger groups, checked and packed once; every op takes it in place of the raw tensor.
+    """Rows of features of G trigger groups, checked and packed once; every op takes it in place of the raw
+    tensor.
 
     Args:
         rows: [G, M, D], or [M, D] for one group; float32, float16 or bfloat16, finite. The rows are copied (a
-            later change of the tensor does not reach the bank); the copy is differentiable, so a bank made from rows
-            that require a gradient passes it on.
+            later change of the tensor does not reach the bank); the copy is differentiable, so a bank made
+            from rows that require a gradient passes it on.
 
     Attributes:
         rows: float32 [G, M, D], contiguous.
-        packed: the rows in the compiled core's layout, float32, one dimension; None without the compiled core and on
-            other devices than the CPU.
-        norms: Euclidean norms of the rows as the core wants them, float32 [G, M rounded up to its lanes]; None with it.
+        packed: the rows in the compiled core's layout, float32, one dimension; None without the compiled core
+            and on other devices than the CPU.
+        norms: Euclidean norms of the rows as the core wants them, float32 [G, M rounded up to its lanes];
+            None with it.
         groups, size, features: G, M and D.
 
     Raises:
@@ -39,6 +41,8 @@ class Bank:
     def _hold(self, rows: Tensor) -> None:
         self.rows = rows
         self.groups, self.size, self.features = rows.shape
+        self.packed: Tensor | None
+        self.norms: Tensor | None
         self.packed, self.norms = pack(rows)
 
     def to(self, device: torch.device | str) -> Bank:
@@ -63,7 +67,7 @@ class Bank:
 
 
 def pack(rows: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Lay float32 rows [G, M, D] out for the compiled core; (None, None) where it is not there or not meant."""
+    """Lay float32 rows [G, M, D] out for the compiled core; (None, None) where there is none."""
     if rows.device.type != "cpu":
         return None, None
     try:

@@ -1,7 +1,7 @@
 """Checks of op arguments, made in Python before anything is launched, so that kernels need no error path.
 
-Each check names the argument, the value and what was expected. A good call passes through a few comparisons; the
-texts are built only when one fails.
+Each check names the argument, the value and what was expected. A good call passes through a few comparisons;
+the texts are built only when one fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _dtype_names(dtypes: frozenset[torch.dtype]) -> str:
 def check_tensor(
     name: str, value: object, dimensions: int, shape: str, dtypes: frozenset[torch.dtype] = KERNEL_DTYPES
 ) -> None:
-    """TypeError unless `value` is a tensor of one of `dtypes`; ValueError unless it has `dimensions` dimensions."""
+    """TypeError unless `value` is a tensor of one of `dtypes`; ValueError if not `dimensions`-dimensional."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {shape}, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -39,7 +39,8 @@ def check_size(name: str, value: Tensor, dimension: int, letter: str, size: int,
     """ValueError unless `value.shape[dimension] == size`, the size that `other` fixed for this letter."""
     if value.shape[dimension] != size:
         raise ValueError(
-            f"{name} must have {letter}={size} in dimension {dimension} as {other} has, got shape {list(value.shape)}"
+            f"{name} must have {letter}={size} in dimension {dimension} as {other} has, "
+            f"got shape {list(value.shape)}"
         )
 
 
@@ -47,7 +48,9 @@ def check_not_empty(name: str, value: Tensor, first: int, shape: str) -> None:
     """ValueError if a dimension from `first` on is 0 (a batch may be empty, the rest may not)."""
     for size in value.shape[first:]:
         if size == 0:
-            raise ValueError(f"{name} must have shape {shape} without empty dimensions, got {list(value.shape)}")
+            raise ValueError(
+                f"{name} must have shape {shape} without empty dimensions, got {list(value.shape)}"
+            )
 
 
 def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
@@ -63,7 +66,7 @@ def check_k(k: int, rows: int) -> None:
 
 
 def check_seed(seed: object) -> int:
-    """Return the seed as the signed 64-bit integer that op schemas carry. The value is never put into a message."""
+    """The seed as the signed 64-bit integer that op schemas carry. No message ever shows its value."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
     if not 0 <= seed < 1 << 64:
@@ -76,15 +79,15 @@ def unsigned_seed(seed: int) -> int:
     return seed & 0xFFFF_FFFF_FFFF_FFFF
 
 
-# Tensors that were found finite: id -> (weak reference, version counter). The look at the values is paid once for a
-# tensor, not at every call; a change in place moves the version counter and is looked at again.
+# Tensors that were found finite: id -> (weak reference, version counter). The look at the values is paid once
+# for a tensor, not at every call; a change in place moves the version counter and is looked at again.
 _finite: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 _finite_lock = threading.Lock()
 _FINITE_LIMIT = 256
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """ValueError if a value is NaN or infinite. Skipped while tracing, where there are no values to look at."""
+    """ValueError if a value is NaN or infinite. Skipped while tracing, where there are no values."""
     if torch.compiler.is_compiling():
         return
     known = _finite.get(id(value))

@@ -51,6 +51,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 op = define(
-    "compose", "(Tensor a, Tensor b, Tensor mask) -> Tensor", fake=_fake, backward=_backward,
+    "compose",
+    "(Tensor a, Tensor b, Tensor mask) -> Tensor",
+    fake=_fake,
+    backward=_backward,
     setup_context=_setup_context,
 )

@@ -56,9 +56,9 @@ def feature_distance(
         p: exponent of "lp", finite, >= 1; None with the other metrics.
 
     Returns:
-        [B, G] float32; +inf for queries with a NaN or infinite feature. Differentiable in features and bank for every
-        metric, with subgradient 0 where |x| or the root has a kink and for cosine at norm 0; which rows are the
-        nearest counts as constant.
+        [B, G] float32; +inf for queries with a NaN or infinite feature. Differentiable in features and bank
+        for every metric, with subgradient 0 where |x| or the root has a kink and for cosine at norm 0; which
+        rows are the nearest counts as constant.
 
     Raises:
         TypeError: an argument of a wrong type or dtype (float64 is for `honeytrace.reference`).
@@ -93,7 +93,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     features, rows, indices = ctx.saved_tensors
     wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    of_features, of_rows = distance_backward(grad, features, rows, indices, METRICS[ctx.metric], ctx.p, wanted)
+    of_features, of_rows = distance_backward(
+        grad, features, rows, indices, METRICS[ctx.metric], ctx.p, wanted
+    )
     return of_features, of_rows, None, None, None, None, None
 
 
@@ -115,8 +117,8 @@ def distance_backward(
         wanted: whether the gradients of features and of rows are wanted.
 
     Returns:
-        gradients of features and rows in their shapes and dtypes, None where not wanted. Queries with a feature that
-        is not finite have gradient 0.
+        gradients of features and rows in their shapes and dtypes, None where not wanted. Queries with a
+        feature that is not finite have gradient 0.
     """
     groups, size, width = rows.shape
     k = indices.shape[2]
@@ -142,7 +144,7 @@ def distance_backward(
 
 
 def _slopes(q: Tensor, b: Tensor, metric: str, p: float) -> tuple[Tensor, Tensor]:
-    """Derivatives of the distance of q [.., D] and b [.., D] in each, with value 0 wherever there is a kink."""
+    """Derivatives of the distance of q [.., D] and b [.., D] in each, 0 wherever there is a kink."""
     width = b.shape[-1]
     if metric == "cosine":
         q_norm, b_norm = (torch.linalg.vector_norm(x.double(), dim=-1, keepdim=True) for x in (q, b))
@@ -156,8 +158,8 @@ def _slopes(q: Tensor, b: Tensor, metric: str, p: float) -> tuple[Tensor, Tensor
     if metric == "l1" or (metric == "lp" and p == 1):
         toward_q = difference.sign() / width
     else:
-        # With m = mean |x|^p, the derivative of m^(1/p) is sign(x) |x|^(p-1) / (D m^((p-1)/p)). Taken relative to the
-        # largest |x| nothing under- or overflows.
+        # With m = mean |x|^p, the derivative of m^(1/p) is sign(x) |x|^(p-1) / (D m^((p-1)/p)). Taken
+        # relative to the largest |x| nothing under- or overflows.
         exponent = 2.0 if metric == "l2" else p
         top = difference.abs().amax(dim=-1, keepdim=True)
         relative = difference.abs() / torch.where(top > 0, top, 1.0)

@@ -1,7 +1,8 @@
 """The torch library `honeytrace`: one place where ops are declared and given to the dispatcher.
 
-`Library.define` and `impl` are used rather than `torch.library.custom_op`: a call costs a third of the time, and
-torch.compile, torch.export and opcheck work alike. The kernels behind an op come from `honeytrace.ops.registry`.
+`Library.define` and `impl` are used rather than `torch.library.custom_op`: a call costs a third of the time,
+and torch.compile, torch.export and opcheck work alike. The kernels behind an op come from
+`honeytrace.ops.registry`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 
 from honeytrace.ops import registry
 
-LIBRARY = torch.library.Library("honeytrace", "DEF")  # lives as long as the process, or its ops vanish
+# Lives as long as the process, or its ops vanish. (Any: torch leaves the class's methods without types.)
+LIBRARY: Any = torch.library.Library("honeytrace", "DEF")  # type: ignore[no-untyped-call]
 
 Op = Callable[..., Any]
 
@@ -33,7 +35,8 @@ def define(
         name: the op's name in the library and in every backend's table.
         schema: arguments and returns, as in native_functions.yaml.
         fake: shapes and dtypes of the outputs, for tracing.
-        backward, setup_context: as `torch.library.register_autograd` takes them; None for an op without a gradient.
+        backward, setup_context: as `torch.library.register_autograd` takes them; None for an op without a
+            gradient.
 
     Returns:
         the op's overload, to be called with positional arguments.
@@ -68,7 +71,7 @@ _BelowAutograd: Callable[[], contextlib.AbstractContextManager[Any]] = getattr(
 
 
 def call(op: Op, wants_gradient: bool, *args: Any) -> Any:
-    """op(*args), past the autograd key when no input wants a gradient: that key is the dearest step of a call."""
+    """op(*args), past the autograd key, the dearest step of a call, when no input wants a gradient."""
     if torch.compiler.is_compiling() or (wants_gradient and torch.is_grad_enabled()):
         return op(*args)
     with _BelowAutograd():

@@ -4,11 +4,11 @@ Same names and signatures as `honeytrace.ops`. Takes float64 besides the dtypes 
 differentiable by ordinary autograd. Memory is bounded: work proceeds in blocks of queries and bank rows.
 
 Two habits make the results equal bit by bit for a query alone, in any batch and at any thread count:
-- Sums over features and classes follow a fixed tree of elementwise additions (`_tree_sum`), never `Tensor.sum` or a
-  matrix product, whose order of addition depends on shape, threads and device.
+- Sums over features and classes follow a fixed tree of elementwise additions (`_tree_sum`), never
+  `Tensor.sum` or a matrix product, whose order of addition depends on shape, threads and device.
 - Of torch's elementwise functions only those are used that give the same bits at every position of a tensor.
-  `pow`, `sigmoid` and `logaddexp` do not on CPU (vector lanes and the scalar tail run different code), `exp`, `log`
-  and `log1p` do.
+  `pow`, `sigmoid` and `logaddexp` do not on CPU (vector lanes and the scalar tail run different code), `exp`,
+  `log` and `log1p` do.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _BLOCK = 1 << 20  # elements of the largest temporary: 4 MiB in float32, about a
 class WatermarkOutput(NamedTuple):
     """What `watermark` returns.
 
-    logits [B, C] in the dtype given; similarity [B, G] float32, clipped, before confidence shaping; group [B] int64;
-    flipped [B] bool.
+    logits [B, C] in the dtype given; similarity [B, G] float32, clipped, before confidence shaping; group [B]
+    int64; flipped [B] bool.
     """
 
     logits: Tensor
@@ -70,12 +70,12 @@ def _without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sums, powers and logarithms with the same bits everywhere
 
 
 def _tree_sum(x: Tensor) -> Tensor:
-    """Sum over dimension 0 in a fixed order. Takes ownership of `x`: it is overwritten where autograd allows it."""
+    """Sum over dimension 0 in a fixed order. Takes `x` over: it is overwritten where autograd allows it."""
     while (n := x.shape[0]) > 1:
         half = n // 2
         if x.requires_grad:
@@ -88,7 +88,9 @@ def _tree_sum(x: Tensor) -> Tensor:
 
 def _sum_classes(x: Tensor) -> Tensor:
     """Sum [B, C] over classes -> [B]."""
-    return _tree_sum(x.t().contiguous() if x.requires_grad else x.t().clone(memory_format=torch.contiguous_format))
+    return _tree_sum(
+        x.t().contiguous() if x.requires_grad else x.t().clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _log_sum_exp(x: Tensor) -> Tensor:
@@ -105,12 +107,17 @@ def _log_add_exp(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _exact_power(base: Tensor, exponent: float) -> Tensor:
-    """base ** exponent for base >= 0 by the C library's pow, 0 (with derivative 0) where base is 0.
+    """base ** exponent for base in [0, 1], to the last bit as the compiled core has it; derivative 0 at 0.
 
-    Flips compare floor(s ** flip_power * flip_bins) with a uniform number, so the last bit counts, and the compiled
-    core calls the same function. torch reaches it through a tensor of exponents and an input that is not contiguous;
-    otherwise it takes its own vectorised pow, or a product for small integers.
+    Products and the square root for small exponents, the C library's pow for the rest. Flips compare
+    floor(s ** flip_power * flip_bins) with a uniform number, so the last bit counts. torch calls the C library
+    for a tensor of exponents beside an input that is not contiguous; otherwise it takes its own vectorised pow,
+    whose last bit depends on the position in the tensor.
     """
+    if exponent == 0.5:
+        return _root(base)
+    if exponent in (1.0, 2.0, 3.0):
+        return _power(base, exponent)
     positive = base > 0
     pairs = torch.where(positive, base, 1.0).unsqueeze(-1).expand(*base.shape, 2).contiguous()
     exponents = torch.full_like(pairs, exponent)
@@ -118,7 +125,7 @@ def _exact_power(base: Tensor, exponent: float) -> Tensor:
 
 
 def _power(base: Tensor, exponent: float) -> Tensor:
-    """base ** exponent for 0 <= base, with derivative 0 where base is 0; products for small integer exponents."""
+    """base ** exponent for base >= 0, with derivative 0 where base is 0; by products for small integers."""
     if exponent == int(exponent) and exponent <= 16:
         result, square, n = None, base, int(exponent)
         while True:
@@ -138,7 +145,7 @@ def _root(x: Tensor) -> Tensor:
     return torch.where(positive, torch.sqrt(torch.where(positive, x, 1.0)), 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Feature distance
 
 
@@ -150,7 +157,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _pair_distance(q: Tensor, b: Tensor, metric: str, p: float) -> Tensor:
-    """Distance along dimension 0 (features) of two broadcastable tensors; for cosine both are unit vectors."""
+    """Distance along dimension 0 (features) of two broadcastable tensors; cosine takes unit vectors."""
     n = q.shape[0]
     difference = q - b
     if metric == "l1" or (metric == "lp" and p == 1):
@@ -158,12 +165,12 @@ def _pair_distance(q: Tensor, b: Tensor, metric: str, p: float) -> Tensor:
     if metric == "l2" or (metric == "lp" and p == 2):
         return _root(_tree_sum(difference * difference) / n)
     if metric == "cosine":
-        # 1 - u.v loses everything for near rows; |u - v|^2 / 2 is the same number without the cancellation. A vector
-        # of norm 0 has no direction: its unit vector is all 0, and the distance is 1 by definition.
+        # 1 - u.v loses everything for near rows; |u - v|^2 / 2 is the same number without the cancellation. A
+        # vector of norm 0 has no direction: its unit vector is all 0, and the distance is 1 by definition.
         zero = ~((q != 0).any(dim=0) & (b != 0).any(dim=0))
         return torch.where(zero, 1.0, 0.5 * _tree_sum(difference * difference))
-    # lp: taken relative to the largest difference, so that no power under- or overflows. The largest difference
-    # cancels out of the derivative (the norm is homogeneous), so it may be a constant.
+    # lp: taken relative to the largest difference, so that no power under- or overflows. The largest
+    # difference cancels out of the derivative (the norm is homogeneous), so it may be a constant.
     size = difference.abs()
     top = size.detach().amax(dim=0)
     usable = (top > 0) & torch.isfinite(top)
@@ -187,7 +194,7 @@ def _blocks(size: int, width: int) -> Iterator[slice]:
 
 
 def _select(q: Tensor, b: Tensor, k: int, metric: str, p: float) -> tuple[Tensor, Tensor]:
-    """The k smallest distances of queries [B, D] to rows [M, D], sorted by (distance, index) -> [B, k] twice."""
+    """The k smallest distances of queries [B, D] to rows [M, D] and their rows, [B, k] each."""
     features = b.shape[1]
     columns = b.t().contiguous()
     distances, indices = [], []
@@ -215,8 +222,8 @@ def nearest(features: Tensor, rows: Tensor, *, k: int, metric: str, p: float) ->
         k, metric, p: as `feature_distance`; p is 1.0 where the metric has none.
 
     Returns:
-        distance [B, G] in the dtype given, +inf for queries that are not finite, and indices [B, G, k] int64, sorted
-        by (distance, index), 0..k-1 for queries that are not finite.
+        distance [B, G] in the dtype given, +inf for queries that are not finite, and indices [B, G, k] int64,
+        sorted by (distance, index), 0..k-1 for queries that are not finite.
     """
     finite = torch.isfinite(features).all(dim=1)
     clean = torch.where(finite[:, None], features, 0.0)
@@ -228,8 +235,8 @@ def nearest(features: Tensor, rows: Tensor, *, k: int, metric: str, p: float) ->
         indices = torch.where(finite[:, None, None], indices, torch.arange(k, device=indices.device))
         near = torch.stack([distance for distance, _ in found], dim=1)
     if torch.is_grad_enabled() and (features.requires_grad or rows.requires_grad):
-        # Which rows are nearest has no derivative; their distances have. Computed again for these rows alone, by the
-        # same function on the same values, they keep the same bits.
+        # Which rows are nearest has no derivative; their distances have. Computed again for these rows alone,
+        # by the same function on the same values, they keep the same bits.
         group = torch.arange(len(rows), device=rows.device)[None, :, None]
         chosen = rows[group, indices]
         near = _pair_distance(clean.t()[:, :, None, None], torch.movedim(chosen, -1, 0), metric, p)
@@ -262,7 +269,8 @@ def feature_distance(
         features: [B, D] float32, float16, bfloat16 or float64.
         bank: [G, M, D] or [M, D] (then G = 1), or a `Bank`.
         k: number of nearest rows, 1 <= k <= M. Default 10.
-        metric: "l1" sum|q-b|/D (default), "l2" sqrt(sum(q-b)^2/D), "lp" (sum|q-b|^p/D)^(1/p), "cosine" 1-q.b/(|q||b|).
+        metric: "l1" sum|q-b|/D (default), "l2" sqrt(sum(q-b)^2/D), "lp" (sum|q-b|^p/D)^(1/p), "cosine"
+            1-q.b/(|q||b|).
         p: exponent of "lp", finite, >= 1.
 
     Returns:
@@ -283,7 +291,7 @@ def feature_distance(
     return nearest(q, rows, k=k, metric=metric, p=exponent)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sign hash and Philox
 
 
@@ -328,7 +336,7 @@ _WORD = 0xFFFF_FFFF
 
 
 def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a * b for 32-bit unsigned words held in int64, where the whole product may not fit."""
+    """High and low word of a * b for 32-bit unsigned words in int64, where the product may not fit."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     middle = high + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -360,7 +368,7 @@ def philox4x32_10(
     return c0, c1, c2, c3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Similarity, mixing, flips
 
 
@@ -380,8 +388,8 @@ def similarity(distance: Tensor, logits: Tensor, *, rule: WatermarkRule) -> Tens
         rule: offsets, scales and confidence weight.
 
     Returns:
-        [B, G] in the distance's dtype: clipped, before confidence shaping; 0 for queries whose distance or logits are
-        not finite. The derivative is 0 outside the open interval (0, 1).
+        [B, G] in the distance's dtype: clipped, before confidence shaping; 0 for queries whose distance or
+        logits are not finite. The derivative is 0 outside the open interval (0, 1).
     """
     check_tensor("distance", distance, 2, "[B, G]", REFERENCE_DTYPES)
     check_tensor("logits", logits, 2, "[B, C]", REFERENCE_DTYPES)
@@ -399,7 +407,8 @@ def similarity(distance: Tensor, logits: Tensor, *, rule: WatermarkRule) -> Tens
 
 
 def shape_similarity(similarity: Tensor, confidence: Tensor, *, rule: WatermarkRule) -> Tensor:
-    """Confidence shaping: s ^ low_power where c < low_confidence, then ^ high_power where c > high_confidence.
+    """Confidence shaping: s ^ low_power where c < low_confidence, then ^ high_power where c >
+    high_confidence.
 
     Args:
         similarity: [B, G] or [B], in [0, 1].
@@ -420,11 +429,13 @@ def flip_probability(shaped: Tensor, *, rule: WatermarkRule) -> Tensor:
     """floor(s ^ flip_power * flip_bins) / flip_bins of a shaped similarity; 0 when flips are off. float64."""
     if rule.flip_bins == 0:
         return torch.zeros_like(shaped, dtype=torch.float64)
-    return torch.floor(_exact_power(shaped.detach().double(), rule.flip_power) * rule.flip_bins) / rule.flip_bins
+    return (
+        torch.floor(_exact_power(shaped.detach().double(), rule.flip_power) * rule.flip_bins) / rule.flip_bins
+    )
 
 
 def mix(z: Tensor, target: Tensor, weight: Tensor, *, space: str) -> Tensor:
-    """Mix logits z [B, C] and target [B, C] (finite, float32 or float64) with weights [B] float64 in [0, 1]."""
+    """Mix logits z [B, C] and target [B, C] (finite, float32 or float64), weights [B] float64 in [0, 1]."""
     if space == "logits":
         w = weight.to(z.dtype)[:, None]
         return (1 - w) * z + w * target
@@ -466,9 +477,9 @@ def watermark_mix(
         flipped: [B] bool, flips to take instead of drawing them (the reference only, for recorded draws).
 
     Returns:
-        mixed logits [B, C] in the logits' dtype, group [B] int64, flipped [B] bool. Rows whose similarity is 0 in all
-        groups and rows with a logit that is not finite come back bit for bit, not flipped. Differentiable in logits,
-        similarity and target_logits; group, confidence thresholds and flips count as constants.
+        mixed logits [B, C] in the logits' dtype, group [B] int64, flipped [B] bool. Rows whose similarity is
+        0 in all groups and rows with a logit that is not finite come back bit for bit, not flipped. Differentiable
+        in logits, similarity and target_logits; group, confidence thresholds and flips count as constants.
     """
     check_mix(logits, similarity, target_logits, bucket, REFERENCE_DTYPES)
     signed_seed = check_seed(seed)
@@ -539,7 +550,8 @@ def watermark(
     """Feature distance, similarity, sign hash and mixing in turn.
 
     Args:
-        features: [B, D] and logits [B, C], of float32, float16, bfloat16 or float64, not necessarily of the same.
+        features: [B, D] and logits [B, C], of float32, float16, bfloat16 or float64, not necessarily of the
+            same.
         bank: [G, M, D] or [M, D], or a `Bank`.
         target_logits: [G, C], finite.
         planes: [P, D], 1 <= P <= 64.
@@ -559,7 +571,7 @@ def watermark(
     return WatermarkOutput(mixed, s, group, flipped)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Compose
 
 
@@ -595,5 +607,3 @@ def check_compose(a: Tensor, b: Tensor, mask: Tensor, dtypes: frozenset[torch.dt
     sizes = zip(reversed(mask.shape), reversed(a.shape), strict=False)
     if excess > 0 or any(m not in (1, n) for m, n in sizes):
         raise ValueError(f"mask must broadcast to a's shape {list(a.shape)}, got {list(mask.shape)}")
-
-

@@ -56,7 +56,12 @@ def sign_hash(features: Tensor, planes: Tensor) -> Tensor:
 
 
 def watermark_mix(
-    logits: Tensor, similarity: Tensor, target_logits: Tensor, bucket: Tensor, rule: Sequence[float], seed: int
+    logits: Tensor,
+    similarity: Tensor,
+    target_logits: Tensor,
+    bucket: Tensor,
+    rule: Sequence[float],
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         return reference.watermark_mix(

@@ -5,11 +5,11 @@ A backend is a module with two names:
     unavailable(device_type) -> str | None      the reason why it cannot run there now, None if it can
     IMPLEMENTATIONS: dict[str, Callable]        op name -> function with the op schema's arguments and returns
 
-To add one, write that module under the path named in `BACKENDS`, and nothing else. A backend may leave ops out; the
-next one in the order takes them.
+To add one, write that module under the path named in `BACKENDS`, and nothing else. A backend may leave ops
+out; the next one in the order takes them.
 
-`HONEYTRACE_BACKEND=<name>` or `force(name)` takes one backend for everything: what it cannot do then raises and says
-why. Without it the choice is automatic, falls back, and says so once.
+`HONEYTRACE_BACKEND=<name>` or `force(name)` takes one backend for everything: what it cannot do then raises
+and says why. Without it the choice is automatic, falls back, and says so once.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "reference"),
     "cuda": ("cuda", "triton", "reference"),
 }
-"""What an automatic choice tries for a device, best first. (Triton runs on CPU tensors only when forced, under its
-interpreter.)"""
+"""What an automatic choice tries for a device, best first. (Triton runs on CPU tensors only when forced,
+under its interpreter.)"""
 
 ENVIRONMENT_VARIABLE = "HONEYTRACE_BACKEND"
 
@@ -125,7 +125,9 @@ def select(op: str, device_type: str) -> str:
                 )
             return name
         reasons.append(f"{name} is not available: {reason}")
-    raise BackendUnavailable(f"no backend runs {op} on {device_type}: {'; '.join(reasons) or 'none knows this device'}")
+    raise BackendUnavailable(
+        f"no backend runs {op} on {device_type}: {'; '.join(reasons) or 'none knows this device'}"
+    )
 
 
 def implementation(op: str, device_type: str) -> Implementation:

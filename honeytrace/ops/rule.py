@@ -34,9 +34,10 @@ def check_integer(name: str, value: object, minimum: int, maximum: int) -> int:
     """Return `value` as a plain int; TypeError unless it is an integer, ValueError outside the two bounds."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if not minimum <= value <= maximum:
-        raise ValueError(f"{name} must be between {minimum} and {maximum}, got {name}={value}")
-    return int(value)
+    number = int(value)
+    if not minimum <= number <= maximum:
+        raise ValueError(f"{name} must be between {minimum} and {maximum}, got {name}={number}")
+    return number
 
 
 def check_number(
@@ -61,8 +62,8 @@ def check_number(
 def check_metric(metric: object, p: object) -> tuple[int, float]:
     """Return the metric's code and the exponent p as the kernels take it (1.0 where the metric has none).
 
-    Raises TypeError for a metric that is no string, ValueError for an unknown one, for "lp" without p >= 1, and for
-    a p beside another metric.
+    Raises TypeError for a metric that is no string, ValueError for an unknown one, for "lp" without p >= 1,
+    and for a p beside another metric.
     """
     if not isinstance(metric, str):
         raise TypeError(f"metric must be a str, got {metric!r} of type {type(metric).__name__}")
@@ -80,7 +81,9 @@ def check_metric(metric: object, p: object) -> tuple[int, float]:
 def _per_group(name: str, value: object, minimum: float, *, above: bool = False) -> float | tuple[float, ...]:
     if isinstance(value, (tuple, list)):
         if not value:
-            raise ValueError(f"{name} must be a number or a tuple of one number for each group, got {name}=()")
+            raise ValueError(
+                f"{name} must be a number or a tuple of one number for each group, got {name}=()"
+            )
         return tuple(check_number(f"{name}[{i}]", v, minimum, above=above) for i, v in enumerate(value))
     return check_number(name, value, minimum, above=above)
 
@@ -94,19 +97,22 @@ class WatermarkRule:
         s = clip((offset_g - d - confidence_weight * c) / scale_g, 0, 1)        similarity
         s <- s ^ low_power where c < low_confidence;  s <- s ^ high_power where c > high_confidence
         w = strength * s ^ mixing_power                                         weight of the target's answer
-        P(flip) = floor(s ^ flip_power * flip_bins) / flip_bins                 answer replaced by the target's
+        P(flip) = floor(s ^ flip_power * flip_bins) / flip_bins                 answer replaced by the
+        target's
 
-    Source: Neural Honeytrace (arXiv 2501.09328), section 4, and its published code; `confidence_weight`, the mixing of
-    probabilities and `strength` below 1 are additions of this project (DESIGN, section 3).
+    Source: Neural Honeytrace (arXiv 2501.09328), section 4, and its published code; `confidence_weight`, the
+    mixing of probabilities and `strength` below 1 are additions of this project (DESIGN, section 3).
 
     Args:
-        offset: distance at which similarity reaches 0, in units of the metric; one number, or a tuple of one for each
+        offset: distance at which similarity reaches 0, in units of the metric; one number, or a tuple of one
+            for each group. Default 1.0.
+        scale: fall of the distance over which similarity rises from 0 to 1, > 0; one number or one for each
             group. Default 1.0.
-        scale: fall of the distance over which similarity rises from 0 to 1, > 0; one number or one for each group.
-            Default 1.0.
-        confidence_weight: distance taken off for an answer of full confidence, >= 0. Default 0.0 (as published).
+        confidence_weight: distance taken off for an answer of full confidence, >= 0. Default 0.0 (as
+            published).
         low_confidence, low_power: below this confidence s is raised to this power. Default 0.0 (never), 1.0.
-        high_confidence, high_power: above this confidence s is raised to this power. Default 1.0 (never), 1.0.
+        high_confidence, high_power: above this confidence s is raised to this power. Default 1.0 (never),
+            1.0.
         space: "probabilities" (default) mixes distributions, "logits" (as published) mixes logits.
         strength: largest weight of the target, in [0, 1]. Default 0.2; 1.0 as published.
         mixing_power: exponent of s in the weight, > 0. Default 1.0.
@@ -137,8 +143,8 @@ class WatermarkRule:
     metric: str = "l1"
     p: float | None = None
 
-    # What the ops take, worked out once so that a call does not have to: a sequence of 1 or G offsets and scales, the
-    # numbers of `mixing_numbers`, the metric's code and its exponent.
+    # What the ops take, worked out once so that a call does not have to: a sequence of 1 or G offsets and
+    # scales, the numbers of `mixing_numbers`, the metric's code and its exponent.
     offsets: tuple[float, ...] = dataclasses.field(init=False, repr=False, compare=False)
     scales: tuple[float, ...] = dataclasses.field(init=False, repr=False, compare=False)
     mixing_numbers: tuple[float, ...] = dataclasses.field(init=False, repr=False, compare=False)
@@ -170,7 +176,7 @@ class WatermarkRule:
         scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
         if len(offsets) > 1 and len(scales) > 1 and len(offsets) != len(scales):
             raise ValueError(
-                f"offset and scale must speak of the same number of groups, got {len(offsets)} and {len(scales)}"
+                f"offset and scale must be of equally many groups, got {len(offsets)} and {len(scales)} numbers"
             )
         put("offsets", offsets)
         put("scales", scales)
@@ -231,11 +237,13 @@ class WatermarkRule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> WatermarkRule:
-        """The rule that `to_dict` described. Missing fields take their defaults; unknown ones are a ValueError."""
+        """The rule that `to_dict` described; missing fields take their defaults, unknown ones are an error."""
         if not isinstance(values, Mapping):
             raise TypeError(f"values must be a mapping, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         unknown = sorted(str(name) for name in values if name not in known)
         if unknown:
-            raise ValueError(f"values has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"values has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
         return cls(**values)

@@ -1,4 +1,4 @@
-"""`sign_hash`: a 64-bit bucket of the features, the same for equal queries and for almost all nearly equal ones."""
+"""`sign_hash`: a 64-bit bucket of the features, equal for equal queries and for most nearly equal ones."""
 
 from __future__ import annotations
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from honeytrace.ops.bank import Bank
-from honeytrace.ops.checks import KERNEL_DTYPES, check_device, check_not_empty, check_seed, check_size, check_tensor
+from honeytrace.ops.checks import (
+    KERNEL_DTYPES,
+    check_device,
+    check_not_empty,
+    check_seed,
+    check_size,
+    check_tensor,
+)
 from honeytrace.ops.feature_distance import bank_tensors, check_queries, distance_backward
 from honeytrace.ops.feature_distance import op as distance_op
 from honeytrace.ops.library import call, define
@@ -36,14 +43,15 @@ def watermark(
         target_logits: [G, C], finite.
         planes: [P, D], 1 <= P <= 64, finite.
         rule: see `WatermarkRule`.
-        seed: 64 bits of the secret key, 0 <= seed < 2^64. A traced program (torch.compile, torch.export) holds it as
+        seed: 64 bits of the secret key, 0 <= seed < 2^64. A traced program (torch.compile, torch.export)
+            holds it as
             a constant: keep such programs as secret as the key.
 
     Returns:
-        `WatermarkOutput`: logits [B, C] in the dtype given, similarity [B, G] float32 (clipped, before shaping),
-        group [B] int64, flipped [B] bool. Rows with features or logits that are not finite have similarity 0 and come
-        back bit for bit. Logits and similarity are differentiable in features, logits, bank and target_logits; the
-        nearest rows, group, confidence thresholds and flips count as constants.
+        `WatermarkOutput`: logits [B, C] in the dtype given, similarity [B, G] float32 (clipped, before
+        shaping), group [B] int64, flipped [B] bool. Rows with features or logits that are not finite have
+        similarity 0 and come back bit for bit. Logits and similarity are differentiable in features, logits,
+        bank and target_logits; the nearest rows, group, confidence thresholds and flips count as constants.
 
     Raises:
         TypeError: an argument of a wrong type or dtype (float64 is for `honeytrace.reference`).
@@ -66,7 +74,10 @@ def watermark(
     return WatermarkOutput(
         *call(
             op,
-            features.requires_grad or logits.requires_grad or rows.requires_grad or target_logits.requires_grad,
+            features.requires_grad
+            or logits.requires_grad
+            or rows.requires_grad
+            or target_logits.requires_grad,
             features,
             logits,
             rows,
@@ -135,7 +146,8 @@ def _backward(
     wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     of_features = of_rows = None
     if any(wanted):
-        # The fused kernel does not say which rows were the nearest; found again, only when a gradient asks for it.
+        # The fused kernel does not say which rows were the nearest; found again, only when a gradient asks
+        # for it.
         indices = distance_op(features, rows, packed, norms, ctx.k, ctx.metric, ctx.p)[1]
         of_features, of_rows = distance_backward(
             -of_margin, features, rows, indices, METRICS[ctx.metric], ctx.p, wanted
@@ -154,8 +166,9 @@ def confidence_backward(grad: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
 
 op = define(
     "watermark",
-    "(Tensor features, Tensor logits, Tensor rows, Tensor? packed, Tensor? norms, Tensor target_logits, Tensor planes,"
-    " int k, int metric, float p, float[] offset, float[] scale, float confidence_weight, float[] rule, int seed)"
+    "(Tensor features, Tensor logits, Tensor rows, Tensor? packed, Tensor? norms, Tensor target_logits,"
+    " Tensor planes, int k, int metric, float p, float[] offset, float[] scale, float confidence_weight,"
+    " float[] rule, int seed)"
     " -> (Tensor mixed, Tensor similarity, Tensor group, Tensor flipped)",
     fake=_fake,
     backward=_backward,

@@ -15,7 +15,13 @@ from honeytrace.ops.rule import WatermarkRule
 
 
 def watermark_mix(
-    logits: Tensor, similarity: Tensor, target_logits: Tensor, bucket: Tensor, *, rule: WatermarkRule, seed: int
+    logits: Tensor,
+    similarity: Tensor,
+    target_logits: Tensor,
+    bucket: Tensor,
+    *,
+    rule: WatermarkRule,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bend each answer towards the target of its nearest group.
 
@@ -25,19 +31,21 @@ def watermark_mix(
         target_logits: [G, C], finite.
         bucket: [B] int64, as `sign_hash` gives it.
         rule: thresholds, powers, strength, space and flips; its offsets, scales and metric are not used here.
-        seed: 64 bits of the secret key, 0 <= seed < 2^64. A traced program (torch.compile, torch.export) holds it as
+        seed: 64 bits of the secret key, 0 <= seed < 2^64. A traced program (torch.compile, torch.export)
+            holds it as
             a constant: keep such programs as secret as the key.
 
     Returns:
-        mixed logits [B, C] in the logits' dtype, group [B] int64, flipped [B] bool. A row whose similarity is 0 in
-        all groups, or whose logits are not finite, comes back bit for bit and is not flipped. Differentiable in
-        logits, similarity and target_logits; group, confidence thresholds and flips count as constants.
+        mixed logits [B, C] in the logits' dtype, group [B] int64, flipped [B] bool. A row whose similarity is
+        0 in all groups, or whose logits are not finite, comes back bit for bit and is not flipped. Differentiable
+        in logits, similarity and target_logits; group, confidence thresholds and flips count as constants.
 
     Raises:
         TypeError: an argument of a wrong type or dtype (float64 is for `honeytrace.reference`).
         ValueError: wrong shape, device or seed, target logits that are not finite.
 
-    Source: Neural Honeytrace (arXiv 2501.09328), section 4; probability space and keyed flips: DESIGN, section 3.
+    Source: Neural Honeytrace (arXiv 2501.09328), section 4; probability space and keyed flips: DESIGN,
+    section 3.
     """
     check_mix(logits, similarity, target_logits, bucket, KERNEL_DTYPES)
     if not isinstance(rule, WatermarkRule):
@@ -50,7 +58,12 @@ def watermark_mix(
 
 
 def _fake(
-    logits: Tensor, similarity: Tensor, target_logits: Tensor, bucket: Tensor, rule: Sequence[float], seed: int
+    logits: Tensor,
+    similarity: Tensor,
+    target_logits: Tensor,
+    bucket: Tensor,
+    rule: Sequence[float],
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, classes = logits.shape
     return (
@@ -66,7 +79,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _group: Any, _flipped: Any) -> tuple[Tensor | None, ...]:
-    of_logits, of_similarity, of_target = mix_backward(grad, *ctx.saved_tensors, ctx.rule)
+    logits, similarity, target_logits, group, flipped = ctx.saved_tensors
+    of_logits, of_similarity, of_target = mix_backward(
+        grad, logits, similarity, target_logits, group, flipped, ctx.rule
+    )
     return of_logits, of_similarity, of_target, None, None, None
 
 
@@ -82,7 +98,8 @@ def mix_backward(
     """Gradients of the mixed logits in logits [B, C], similarity [B, G] and target_logits [G, C].
 
     Args:
-        grad: [B, C]; group [B] and flipped [B] as the forward pass gave them; rule: `WatermarkRule.mixing_numbers`.
+        grad: [B, C]; group [B] and flipped [B] as the forward pass gave them; rule:
+            `WatermarkRule.mixing_numbers`.
 
     Rows that were copied pass the gradient through; flipped rows pass it to their target only.
     """
@@ -96,7 +113,8 @@ def mix_backward(
     r = target_logits.to(dtype)[group]
     g = grad.to(dtype)
 
-    # w = strength * s ^ power with one power for the whole chain of powers, since the thresholds are constants
+    # w = strength * s ^ power with one power for the whole chain of powers, since the thresholds are
+    # constants
     confidence = torch.softmax(z, dim=1).amax(dim=1).double()
     power = torch.where(confidence < low, low_power, 1.0) * torch.where(confidence > high, high_power, 1.0)
     power = power.double() * mixing_power
@@ -113,7 +131,9 @@ def mix_backward(
     to_target = torch.where(mixes[:, None], of_r, torch.where(flipped[:, None], g, 0.0))
     of_target = torch.zeros_like(target_logits, dtype=dtype).index_add(0, group, to_target)
     of_s = torch.where(mixes & (s <= 1), of_weight * slope, 0.0)
-    of_similarity = torch.zeros_like(similarity, dtype=torch.float64).scatter(1, group[:, None], of_s[:, None])
+    of_similarity = torch.zeros_like(similarity, dtype=torch.float64).scatter(
+        1, group[:, None], of_s[:, None]
+    )
     return (
         of_logits.to(logits.dtype),
         of_similarity.to(similarity.dtype),
@@ -122,7 +142,7 @@ def mix_backward(
 
 
 def _probability_backward(g: Tensor, z: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in z [B, C], r [B, C] and weight [B] of logaddexp(z + log(1 - w), lse(z) + log w + log_softmax(r))."""
+    """Gradients in z [B, C], r [B, C] and weight [B] of the mixture in probability space."""
     # Shares of the two terms in each class; a share divided by its weight is taken as one exponential.
     taken = torch.logsumexp(z, dim=1, keepdim=True) + torch.log_softmax(r, dim=1)
     log_keep, log_take = torch.log1p(-weight)[:, None].to(z.dtype), torch.log(weight)[:, None].to(z.dtype)
