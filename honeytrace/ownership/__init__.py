@@ -1,7 +1,8 @@
 """Proof of ownership: exact tests, a sequential claim, and planning, with a stated false-claim probability.
 
-answers -> scores -> calibrator -> rank_test, sequential -> verify -> verdict; power plans beforehand; t_test is the
-papers' figure, for comparison only. All statistics are NumPy and SciPy; only `suspect` and `verify` touch torch.
+answers -> scores -> calibrator -> rank_test, sequential -> verify -> verdict; power plans beforehand; t_test
+is the papers' figure, for comparison only. All statistics are NumPy and SciPy; only `suspect` and `verify`
+touch torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a suspect answered, made safe to score.
 
-A suspect is a stranger's program: it may answer NaN, infinities, negative "probabilities" or rows that do not sum to
-one. Each such answer is replaced by a fixed rule that never looks at a target, so the tests of this package stay exact
-whatever a suspect does (a rule that depended on the target would let the verifier choose the outcome). A wrong *shape*
-is no answer at all and raises.
+A suspect is a stranger's program: it may answer NaN, infinities, negative "probabilities" or rows that do not
+sum to one. Each such answer is replaced by a fixed rule that never looks at a target, so the tests of this
+package stay exact whatever a suspect does (a rule that depended on the target would let the verifier choose
+the outcome). A wrong *shape* is no answer at all and raises.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def clean_scores(scores: npt.ArrayLike, *, num_classes: int, scores_are: ScoreKi
     Args:
         scores: [n, C] real numbers.
         num_classes: C.
-        scores_are: "probabilities", "logits" (log-probabilities are logits too), or "auto": probabilities when at
-            least half of the rows have all entries in [0, 1] and a sum in (0, 1.02], logits otherwise.
+        scores_are: "probabilities", "logits" (log-probabilities are logits too), or "auto": probabilities
+            when at least half of the rows have all entries in [0, 1] and a sum in (0, 1.02], logits
+            otherwise.
 
     Returns:
         [n, C] float64. Rows are repaired one by one, for no target in particular:
@@ -87,8 +88,8 @@ def clean_labels(labels: npt.ArrayLike, *, num_classes: int) -> IntArray:
     """The suspect's top-1 answers as class numbers.
 
     Args:
-        labels: [n] numbers. Whole numbers in [0, C) are classes; anything else (NaN, infinite, out of range, broken
-            numbers) becomes NO_LABEL and is a hit for nobody.
+        labels: [n] numbers. Whole numbers in [0, C) are classes; anything else (NaN, infinite, out of range,
+            broken numbers) becomes NO_LABEL and is a hit for nobody.
         num_classes: C.
 
     Returns:
@@ -109,8 +110,8 @@ def clean_labels(labels: npt.ArrayLike, *, num_classes: int) -> IntArray:
 def top_labels(probabilities: FloatArray) -> IntArray:
     """[n] int64: the most probable class of each row of [n, C]; NO_LABEL where the maximum is shared.
 
-    Taking the first of several maxima would favour low class numbers, and a suspect that answers uniform rows would
-    be counted as one that always says class 0. Harmless for exactness, misleading to a reader.
+    Taking the first of several maxima would favour low class numbers, and a suspect that answers uniform rows
+    would be counted as one that always says class 0. Harmless for exactness, misleading to a reader.
     """
     top = probabilities.max(axis=1, keepdims=True)
     shared = (probabilities == top).sum(axis=1) > 1

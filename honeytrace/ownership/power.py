@@ -1,8 +1,9 @@
 """How likely a claim is, before a single query: exact, by counting, not by simulation.
 
-Model of a copy: in each group, independently, the target stands alone ahead of all other candidates with probability
-p_first; otherwise one of the other candidates does. That is the clearest outcome and the most harmful one, nothing
-between them, so a plan leans to the safe side for copies whose failed groups still rank second or third.
+Model of a copy: in each group, independently, the target stands alone ahead of all other candidates with
+probability p_first; otherwise one of the other candidates does. That is the clearest outcome and the most
+harmful one, nothing between them, so a plan leans to the safe side for copies whose failed groups still rank
+second or third.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def plan(
     Args:
         groups: G >= 1.
         candidates: K of every group, or one number a group; each >= 3.
-        p_first: probability that the target ranks first, of every group or one number a group. 1/K is the figure of
-            a model that never saw the owner's answers; with it the result is at most alpha.
+        p_first: probability that the target ranks first, of every group or one number a group. 1/K is the
+            figure of a model that never saw the owner's answers; with it the result is at most alpha.
         alpha: false-claim probability of the verification.
         rule: as in `verify`.
         calibrator: as in `verify`, where it is the default one.

@@ -1,8 +1,8 @@
 """How strongly a suspect leans to each candidate class of a trigger group.
 
-Source: DESIGN "Ownership". Every score is a fixed function of (suspect's answers, owner's reference, class). It is
-computed for *all* candidates alike and never told which one is the target; that, and the target's uniform draw, is
-the whole reason why the tests built on it are exact.
+Source: DESIGN "Ownership". Every score is a fixed function of (suspect's answers, owner's reference, class).
+It is computed for *all* candidates alike and never told which one is the target; that, and the target's
+uniform draw, is the whole reason why the tests built on it are exact.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from honeytrace.ownership.answers import FloatArray, IntArray, clean_labels, cle
 PROBABILITY_FLOOR = 1e-3
 """Added to both probabilities before the logarithm (eps).
 
-Why 1e-3: (1) below a thousandth a classifier's probability says how it was trained, not what it learned about a
-trigger, and log-ratios down there (1e-9 against 1e-6 is 6.9 nats) would drown the mark in noise; with the floor they
-are 0.001 nats. (2) A graded mark lifts its target to 0.05-0.2, which the floor leaves at 3 to 5 nats. (3) An API that
-rounds to three digits gives the same scores to within the rounding. (4) Scores are bounded by log(1 + 1/eps) = 6.9
-nats, so that no single trigger decides a group. Exactness does not depend on the value: any constant would do.
+Why 1e-3: (1) below a thousandth a classifier's probability says how it was trained, not what it learned about
+a trigger, and log-ratios down there (1e-9 against 1e-6 is 6.9 nats) would drown the mark in noise; with the
+floor they are 0.001 nats. (2) A graded mark lifts its target to 0.05-0.2, which the floor leaves at 3 to 5
+nats. (3) An API that rounds to three digits gives the same scores to within the rounding. (4) Scores are
+bounded by log(1 + 1/eps) = 6.9 nats, so that no single trigger decides a group. Exactness does not depend on
+the value: any constant would do.
 """
 
 SCORE_NOISE = 0.1

@@ -1,4 +1,4 @@
-"""Putting questions to a suspect: the only place of this package where torch and strangers' code are touched."""
+"""Putting questions to a suspect: the only place where torch meets a stranger's code."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Suspect = Callable[[Tensor], Any]
 def keyed_order(seed: int, purpose: str, length: int) -> list[int]:
     """A permutation of range(length) drawn from the key's seed.
 
-    The items are sorted by SHA-256 of (seed, purpose, item), so that the order can be derived again on any machine
-    with any version of any library; no generator's stream promises that.
+    The items are sorted by SHA-256 of (seed, purpose, item), so that the order can be derived again on any
+    machine with any version of any library; no generator's stream promises that.
 
     Args:
         seed: integer >= 0 of any size.
@@ -33,7 +33,7 @@ def keyed_order(seed: int, purpose: str, length: int) -> list[int]:
 
 @contextmanager
 def quiet(suspect: Suspect) -> Iterator[None]:
-    """No gradients; an nn.Module is in eval mode inside and gets each submodule's own mode back afterwards."""
+    """No gradients; an nn.Module is in eval mode inside, and each submodule gets its own mode back."""
     modes = [(part, part.training) for part in suspect.modules()] if isinstance(suspect, nn.Module) else []
     try:
         if isinstance(suspect, nn.Module):

@@ -1,9 +1,10 @@
 """The papers' t-test, as a figure to compare with. NOT a proof of anything.
 
-Published schemes compare the probabilities a suspect and an innocent model give to the target class, query by query,
-with a two-sample t-test (Neural Honeytrace, arXiv 2501.09328, among others). It treats the queries as the sample. But
-queries to one suspect share that suspect: any small bias of an honest model towards the target becomes "significant"
-with enough queries, and how much honest models differ from one another is nowhere in it. So no claim rests on it.
+Published schemes compare the probabilities a suspect and an innocent model give to the target class, query by
+query, with a two-sample t-test (Neural Honeytrace, arXiv 2501.09328, among others). It treats the queries as
+the sample. But queries to one suspect share that suspect: any small bias of an honest model towards the
+target becomes "significant" with enough queries, and how much honest models differ from one another is
+nowhere in it. So no claim rests on it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats  # type: ignore[import-untyped, unused-ignore]
+from scipy import stats
 
 from honeytrace.ownership.answers import FloatArray
 
@@ -23,7 +24,7 @@ MOST_QUERIES = 10**9
 
 @dataclass(frozen=True)
 class TTest:
-    """Welch's one-sided two-sample t-test: does the suspect give the target class more than the reference does?
+    """Welch's one-sided two-sample t-test: does the suspect favour the target class over the reference?
 
     A comparison figure, not evidence; see the module's text.
 
@@ -33,8 +34,8 @@ class TTest:
         p_value: one-sided p-value, under assumptions that verification does not share.
         queries: pairs of answers compared.
         level: the level meant by queries_to_significance.
-        queries_to_significance: smallest number of queries at which means and spreads like these give a p-value below
-            the level; None when the suspect's mean is not the larger one.
+        queries_to_significance: smallest number of queries at which means and spreads like these give a
+            p-value below the level; None when the suspect's mean is not the larger one.
     """
 
     suspect_mean: float
@@ -60,7 +61,8 @@ def t_test(suspect: npt.ArrayLike, reference: npt.ArrayLike, *, level: float = 0
     x, y = np.asarray(suspect, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or x.size < 2:
         raise ValueError(
-            f"suspect and reference must have one shape [n] with n >= 2, got {list(x.shape)} and {list(y.shape)}"
+            "suspect and reference must have one shape [n] with n >= 2, got "
+            f"{list(x.shape)} and {list(y.shape)}"
         )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("suspect and reference must be finite")
@@ -71,7 +73,8 @@ def t_test(suspect: npt.ArrayLike, reference: npt.ArrayLike, *, level: float = 0
         statistic = math.inf * difference if difference else 0.0
         p_value = 0.5 if difference == 0 else float(difference < 0)
     else:
-        result = stats.ttest_ind(x, y, equal_var=False, alternative="greater")
+        moments = x.mean(), math.sqrt(_spread(x)), x.size, y.mean(), math.sqrt(_spread(y)), y.size
+        result = stats.ttest_ind_from_stats(*moments, equal_var=False, alternative="greater")
         statistic, p_value = float(result.statistic), float(result.pvalue)
     return TTest(
         suspect_mean=float(x.mean()),
@@ -87,7 +90,7 @@ def t_test(suspect: npt.ArrayLike, reference: npt.ArrayLike, *, level: float = 0
 def queries_to_significance(
     difference: float, suspect_variance: float, reference_variance: float, *, level: float = 0.05
 ) -> int | None:
-    """Smallest n >= 2 at which Welch's test of n against n answers with these moments has a p-value below level.
+    """Smallest n >= 2 at which Welch's test of n against n answers with these moments is below level.
 
     Returns:
         n, or None when the difference is not positive or n would be above MOST_QUERIES.

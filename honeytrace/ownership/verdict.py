@@ -1,7 +1,7 @@
 """What a verification found, readable by people and by machines, with nothing secret in it.
 
-DESIGN invariant 5: a verdict holds counts, ranks, p-values and e-values. Targets, source classes, triggers, seeds and
-the key are not in it, so printing, logging or mailing it gives nothing away.
+DESIGN invariant 5: a verdict holds counts, ranks, p-values and e-values. Targets, source classes, triggers,
+seeds and the key are not in it, so printing, logging or mailing it gives nothing away.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class GroupRecord:
 class Verdict:
     """The outcome of `verify`.
 
-    The claim rests on one rule, declared before the first question (`rule`), and on its p-value. Everything else is
+    The claim rests on one rule, declared before the first question (`rule`), and on its p-value. Everything
+    else is
     information: it may look stronger or weaker than the claim and changes nothing.
 
     Attributes:
@@ -58,9 +59,10 @@ class Verdict:
         e_value: product of the groups' e-values at the claim, or after the last group. May be multiplied with
             e-values of other, independent keys.
         anytime_p_value: 1 / largest running e-value (at most 1): valid for any alpha, chosen at any time.
-        exact_p_value: fixed-sample p-value of all groups together; None when asking stopped before the last group,
-            where it would not hold. A second figure; no claim rests on it.
-        smallest_p_value: what a perfect copy would get from the groups there are. Above alpha, no claim is possible.
+        exact_p_value: fixed-sample p-value of all groups together; None when asking stopped before the last
+            group, where it would not hold. A second figure; no claim rests on it.
+        smallest_p_value: what a perfect copy would get from the groups there are. Above alpha, no claim is
+            possible.
         queries: triggers asked until the claim, or in all when there is none.
         queries_total: triggers of all groups.
         answers: "scores" or "labels", what was used.
@@ -132,12 +134,8 @@ class Verdict:
             ("queries", f"{self.queries} of {self.queries_total}, by {self.answers}"),
         ]
         if self.smallest_p_value > self.alpha:
-            facts.append(
-                (
-                    "warning",
-                    f"these groups cannot reach alpha: a perfect copy would get p = {self.smallest_p_value:.2g}",
-                )
-            )
+            best = f"a perfect copy would get p = {self.smallest_p_value:.2g}"
+            facts.append(("warning", f"these groups cannot reach alpha: {best}"))
         if self.t_test is not None:
             needed = self.t_test.queries_to_significance
             shown = "never" if needed is None else f"after about {needed} queries"

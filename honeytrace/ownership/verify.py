@@ -1,4 +1,4 @@
-"""`verify`: put a watermark's triggers to a suspect and decide, with a false-claim probability stated beforehand."""
+"""`verify`: put a watermark's triggers to a suspect and decide at a declared false-claim probability."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ FEWEST_CANDIDATES = 3
 
 
 class TriggerGroup(Protocol):
-    """One group's verifiable side. The target must be a uniform draw from the candidates that nothing else in the
-    group depends on: the tests are exact for that reason and no other."""
+    """One group's verifiable side. The target must be a uniform draw from the candidates that nothing else in
+    the group depends on: the tests are exact for that reason and no other."""
 
     @property
     def candidates(self) -> Sequence[int]:
@@ -93,26 +93,28 @@ def verify(
     batch_size: int = 256,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Verdict:
-    """Ask a suspect about the watermark's triggers and decide whether it was trained on the protected answers.
+    """Ask a suspect about the watermark's triggers and decide whether it learned from protected answers.
 
-    If it was not, it is claimed against with probability at most alpha, whatever it is and does: the probability is
-    over the key's draw of the target classes, and no assumption is made about honest models (DESIGN "Ownership",
-    invariant 7). Groups are asked in an order drawn from the key; after each the rule is looked at.
+    If it was not, it is claimed against with probability at most alpha, whatever it is and does: the
+    probability is over the key's draw of the target classes, and no assumption is made about honest models
+    (DESIGN "Ownership", invariant 7). Groups are asked in an order drawn from the key; after each the rule is
+    looked at.
 
     Args:
-        suspect: any callable from inputs float32 [n, ...] to scores [n, C] or labels [n] (tensors, arrays, lists). An
-            nn.Module is asked in eval mode without gradients and gets its mode back. Answers that make no sense are
-            repaired by fixed rules (answers.py).
+        suspect: any callable from inputs float32 [n, ...] to scores [n, C] or labels [n] (tensors, arrays,
+            lists). An nn.Module is asked in eval mode without gradients and gets its mode back. Answers that
+            make no sense are repaired by fixed rules (answers.py).
         watermark: an opened watermark, or anything that satisfies VerifiableWatermark.
         key: its secret key.
         alpha: false-claim probability, in (0, 1). Part of the rule: declare it beforehand, and once.
-        answers: "scores", "labels" (top-1 also where the suspect gives scores), or "auto": what the suspect's first
-            answer is.
-        scores_are: "probabilities", "logits", or "auto", decided for each group by a rule that knows no target.
-        rule: "exact" (default, more power) or "e-process" (claim when the e-value reaches 1 / alpha); sequential.py
-            explains and compares them. Declare it beforehand.
-        stop_at_claim: ask no further groups once the rule has claimed. False asks all of them: the claim stays as it
-            was made, and the fixed-sample p-value is known.
+        answers: "scores", "labels" (top-1 also where the suspect gives scores), or "auto": what the suspect's
+            first answer is.
+        scores_are: "probabilities", "logits", or "auto", decided for each group by a rule that knows no
+            target.
+        rule: "exact" (default, more power) or "e-process" (claim when the e-value reaches 1 / alpha);
+            sequential.py explains and compares them. Declare it beforehand.
+        stop_at_claim: ask no further groups once the rule has claimed. False asks all of them: the claim
+            stays as it was made, and the fixed-sample p-value is known.
         batch_size: most inputs given to the suspect at once, >= 1. Groups are never mixed in a batch.
         progress: called after each batch with (queries so far, queries in all, a short text with the running
             e-value; nothing secret).
@@ -221,8 +223,8 @@ def _read_group(group: TriggerGroup, index: int, num_classes: int) -> _Group:
     reference = group.reference_log_probs.detach().cpu().double().numpy()
     if reference.ndim != 2 or reference.shape != (len(group.triggers), num_classes) or len(reference) == 0:
         raise ValueError(
-            f"group {index}: reference_log_probs must have shape [n, C] for n={len(group.triggers)} >= 1 triggers "
-            f"and C={num_classes}, got {list(reference.shape)}"
+            f"group {index}: reference_log_probs must have shape [n, C] for n={len(group.triggers)} >= 1 "
+            f"triggers and C={num_classes}, got {list(reference.shape)}"
         )
     return _Group(candidates, int(position[0]), group.triggers.detach(), reference)
 
@@ -254,7 +256,7 @@ def _kind_of(said: list[npt.NDArray[np.generic]], kind: AnswerKind | None, wante
 def _score(
     rows: npt.NDArray[np.generic], group: _Group, kind: AnswerKind, scores_are: ScoreKind
 ) -> tuple[FloatArray, float, tuple[FloatArray, FloatArray]]:
-    """Scores [K], the size of differences that mean nothing, and target probabilities (suspect's, reference's)."""
+    """Scores [K], size of meaningless differences, target probabilities (suspect's, reference's)."""
     num_classes = group.reference.shape[1]
     target = int(group.candidates[group.target_index])
     if rows.ndim == 2:
