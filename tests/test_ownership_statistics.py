@@ -192,6 +192,12 @@ def test_calibrators_are_symmetric_in_the_candidates(calibrator, scores, seed):
         assert np.ptp(weights[f == value]) <= 1e-15  # ties share equally
 
 
+def test_tied_ranks_share_what_they_hold_together():
+    calibrator = RankCalibrator(decay=0.5, uniform_share=0.2)
+    ranked, tied = calibrator.weights([4, 3, 2, 1]), calibrator.weights([4, 2, 2, 1])
+    np.testing.assert_allclose(tied, [ranked[0], *[(ranked[1] + ranked[2]) / 2] * 2, ranked[3]], rtol=1e-12)
+
+
 @pytest.mark.parametrize("calibrator", CALIBRATORS)
 def test_a_silent_group_costs_nothing_and_a_failed_one_a_known_factor(calibrator):
     np.testing.assert_allclose(e_values(calibrator.weights(np.full(8, 0.1))), 1.0, rtol=1e-12)

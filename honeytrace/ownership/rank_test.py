@@ -16,8 +16,8 @@ import numpy.typing as npt
 from honeytrace.ownership.answers import FloatArray, IntArray
 
 LATTICE = 2.0**-9
-"""Step of the grid on which log-weights are added up. The statistic is the rounded sum, for the target and for
-its alternatives alike; so the grid costs no exactness, and 8 groups of 8 candidates (16.8 million
+"""Step of the grid on which log-weights are added up. The statistic is the rounded sum, for the target and
+for its alternatives alike; so the grid costs no exactness, and 8 groups of 8 candidates (16.8 million
 combinations) are counted in milliseconds."""
 
 
