@@ -76,7 +76,7 @@ def pack(rows: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         return None, None
     groups, size, features = rows.shape
     source = rows.detach().contiguous()
-    packed = torch.empty(_C.packed_size(groups, size, features), dtype=torch.float32)
-    norms = torch.empty((groups, -(-size // _C.LANES) * _C.LANES), dtype=torch.float32)
+    packed = source.new_empty(_C.packed_size(groups, size, features))
+    norms = source.new_empty(groups, -(-size // _C.LANES) * _C.LANES)
     _C.pack_bank(source.data_ptr(), groups, size, features, packed.data_ptr(), norms.data_ptr())
     return packed, norms

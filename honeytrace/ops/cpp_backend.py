@@ -22,7 +22,6 @@ from honeytrace.ops.checks import unsigned_seed
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Looked up once: attribute chains through `torch` are a measurable part of a call for one query.
-_empty = torch.empty
 _float32, _int32, _int64, _bool = torch.float32, torch.int32, torch.int64, torch.bool
 _threads = torch.get_num_threads
 
@@ -58,7 +57,7 @@ def _packed(rows: Tensor, packed: Tensor | None, norms: Tensor | None) -> tuple[
 
 @functools.lru_cache(maxsize=64)
 def _vector(values: tuple[float, ...], groups: int) -> Tensor:
-    return torch.tensor(values if len(values) == groups else values * groups, dtype=_float32)
+    return torch.tensor(values if len(values) == groups else values * groups, dtype=_float32, device="cpu")
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,8 +83,8 @@ def feature_distance(
     features = _rows(features)
     packed, norms = _packed(rows, packed, norms)
     (batch, width), (groups, size, _) = features.shape, rows.shape
-    distance = _empty((batch, groups), dtype=_float32)
-    indices = _empty((batch, groups, k), dtype=_int32)
+    distance = features.new_empty(batch, groups, dtype=_float32)
+    indices = features.new_empty(batch, groups, k, dtype=_int32)
     _C.feature_distance(
         features.data_ptr(),
         _DTYPES[features.dtype],
@@ -109,7 +108,7 @@ def feature_distance(
 def sign_hash(features: Tensor, planes: Tensor) -> Tensor:
     features, planes = _rows(features), _plain(planes)
     batch, width = features.shape
-    bucket = _empty((batch,), dtype=_int64)
+    bucket = features.new_empty(batch, dtype=_int64)
     _C.sign_hash(
         features.data_ptr(),
         _DTYPES[features.dtype],
@@ -135,9 +134,9 @@ def watermark_mix(
     logits, similarity, target_logits = _rows(logits), _plain(similarity), _plain(target_logits)
     bucket = bucket.contiguous()
     batch, classes = logits.shape
-    mixed = _empty((batch, classes), dtype=logits.dtype)
-    group = _empty((batch,), dtype=_int64)
-    flipped = _empty((batch,), dtype=_bool)
+    mixed = logits.new_empty(batch, classes)
+    group = logits.new_empty(batch, dtype=_int64)
+    flipped = logits.new_empty(batch, dtype=_bool)
     _C.watermark_mix(
         logits.data_ptr(),
         _DTYPES[logits.dtype],
@@ -183,10 +182,10 @@ def watermark(
     )
     packed, norms = _packed(rows, packed, norms)
     (batch, width), classes, (groups, size, _) = features.shape, logits.shape[1], rows.shape
-    mixed = _empty((batch, classes), dtype=logits.dtype)
-    similarity = _empty((batch, groups), dtype=_float32)
-    group = _empty((batch,), dtype=_int64)
-    flipped = _empty((batch,), dtype=_bool)
+    mixed = logits.new_empty(batch, classes)
+    similarity = features.new_empty(batch, groups, dtype=_float32)
+    group = logits.new_empty(batch, dtype=_int64)
+    flipped = logits.new_empty(batch, dtype=_bool)
     _C.watermark(
         features.data_ptr(),
         _DTYPES[features.dtype],

@@ -61,10 +61,10 @@ def _without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     # An ambient autocast would run parts of the formulas in half precision.
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        tensor = next(value for value in args if isinstance(value, Tensor))
-        if not torch.is_autocast_enabled(tensor.device.type):
+        device_type = next((value.device.type for value in args if isinstance(value, Tensor)), "none")
+        if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
             return function(*args, **kwargs)
-        with torch.autocast(tensor.device.type, enabled=False):
+        with torch.autocast(device_type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapper
@@ -110,9 +110,9 @@ def _exact_power(base: Tensor, exponent: float) -> Tensor:
     """base ** exponent for base in [0, 1], to the last bit as the compiled core has it; derivative 0 at 0.
 
     Products and the square root for small exponents, the C library's pow for the rest. Flips compare
-    floor(s ** flip_power * flip_bins) with a uniform number, so the last bit counts. torch calls the C library
-    for a tensor of exponents beside an input that is not contiguous; otherwise it takes its own vectorised pow,
-    whose last bit depends on the position in the tensor.
+    floor(s ** flip_power * flip_bins) with a uniform number, so the last bit counts. torch calls the C
+    library for a tensor of exponents beside an input that is not contiguous; otherwise it takes its own
+    vectorised pow, whose last bit depends on the position in the tensor.
     """
     if exponent == 0.5:
         return _root(base)
@@ -162,21 +162,21 @@ def _pair_distance(q: Tensor, b: Tensor, metric: str, p: float) -> Tensor:
     difference = q - b
     if metric == "l1" or (metric == "lp" and p == 1):
         return _tree_sum(difference.abs()) / n
-    if metric == "l2" or (metric == "lp" and p == 2):
-        return _root(_tree_sum(difference * difference) / n)
     if metric == "cosine":
         # 1 - u.v loses everything for near rows; |u - v|^2 / 2 is the same number without the cancellation. A
         # vector of norm 0 has no direction: its unit vector is all 0, and the distance is 1 by definition.
         zero = ~((q != 0).any(dim=0) & (b != 0).any(dim=0))
         return torch.where(zero, 1.0, 0.5 * _tree_sum(difference * difference))
-    # lp: taken relative to the largest difference, so that no power under- or overflows. The largest
+    # l2 and lp: taken relative to the largest difference, so that no power under- or overflows. The largest
     # difference cancels out of the derivative (the norm is homogeneous), so it may be a constant.
+    exponent = 2.0 if metric == "l2" else p
     size = difference.abs()
     top = size.detach().amax(dim=0)
     usable = (top > 0) & torch.isfinite(top)
-    relative = size / torch.where(usable, top, 1.0)
-    mean = _tree_sum(_power(torch.where(usable, relative, 0.0), p)) / n
-    return torch.where(usable, top * torch.exp(torch.log(torch.where(usable, mean, 1.0)) / p), top)
+    relative = torch.where(usable, size / torch.where(usable, top, 1.0), 0.0)
+    mean = torch.where(usable, _tree_sum(_power(relative, exponent)) / n, 1.0)
+    root = torch.sqrt(mean) if exponent == 2 else torch.exp(torch.log(mean) / exponent)
+    return torch.where(usable, top * root, top)
 
 
 def _mean_ascending(values: Tensor) -> Tensor:
@@ -356,9 +356,11 @@ def philox4x32_10(
 
     Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 4.3.
     """
-    words = [torch.as_tensor(word, dtype=torch.int64) & _WORD for word in (*counter, *key)]
     if len(counter) != 4 or len(key) != 2:
         raise ValueError(f"counter must have 4 words and key 2, got {len(counter)} and {len(key)}")
+    inputs = (*counter, *key)
+    device = next((word.device for word in inputs if isinstance(word, Tensor)), torch.device("cpu"))
+    words = [torch.as_tensor(word, dtype=torch.int64, device=device) & _WORD for word in inputs]
     c0, c1, c2, c3, k0, k1 = words
     for _ in range(10):
         high0, low0 = _multiply_words(0xD2511F53, c0)
@@ -478,8 +480,9 @@ def watermark_mix(
 
     Returns:
         mixed logits [B, C] in the logits' dtype, group [B] int64, flipped [B] bool. Rows whose similarity is
-        0 in all groups and rows with a logit that is not finite come back bit for bit, not flipped. Differentiable
-        in logits, similarity and target_logits; group, confidence thresholds and flips count as constants.
+        0 in all groups and rows with a logit that is not finite come back bit for bit, not flipped.
+        Differentiable in logits, similarity and target_logits; group, confidence thresholds and flips count
+        as constants.
     """
     check_mix(logits, similarity, target_logits, bucket, REFERENCE_DTYPES)
     signed_seed = check_seed(seed)

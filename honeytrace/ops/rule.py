@@ -176,7 +176,7 @@ class WatermarkRule:
         scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
         if len(offsets) > 1 and len(scales) > 1 and len(offsets) != len(scales):
             raise ValueError(
-                f"offset and scale must be of equally many groups, got {len(offsets)} and {len(scales)} numbers"
+                f"offset and scale must be equally many numbers, got {len(offsets)} and {len(scales)}"
             )
         put("offsets", offsets)
         put("scales", scales)
@@ -199,8 +199,7 @@ class WatermarkRule:
 
     def check_groups(self, groups: int) -> None:
         """ValueError unless offset and scale fit a bank of `groups` groups (a single number fits any)."""
-        for name in ("offset", "scale"):
-            value = getattr(self, name)
+        for name, value in (("offset", self.offset), ("scale", self.scale)):
             if isinstance(value, tuple) and len(value) != groups:
                 raise ValueError(
                     f"rule.{name} must be one number or one for each of the bank's G={groups} groups, "
@@ -237,7 +236,7 @@ class WatermarkRule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> WatermarkRule:
-        """The rule that `to_dict` described; missing fields take their defaults, unknown ones are an error."""
+        """The rule that `to_dict` described; missing fields take defaults, unknown ones are an error."""
         if not isinstance(values, Mapping):
             raise TypeError(f"values must be a mapping, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls) if f.init}

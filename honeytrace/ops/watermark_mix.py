@@ -37,8 +37,9 @@ def watermark_mix(
 
     Returns:
         mixed logits [B, C] in the logits' dtype, group [B] int64, flipped [B] bool. A row whose similarity is
-        0 in all groups, or whose logits are not finite, comes back bit for bit and is not flipped. Differentiable
-        in logits, similarity and target_logits; group, confidence thresholds and flips count as constants.
+        0 in all groups, or whose logits are not finite, comes back bit for bit and is not
+        flipped. Differentiable in logits, similarity and target_logits; group, confidence thresholds and
+        flips count as constants.
 
     Raises:
         TypeError: an argument of a wrong type or dtype (float64 is for `honeytrace.reference`).

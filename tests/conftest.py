@@ -1,0 +1,62 @@
+"""What the tests share: backends to run on, and reproducible random tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from honeytrace.ops import registry
+
+try:
+    from honeytrace import _C
+except ImportError:  # an installation without the compiled core: everything runs on the reference
+    _C = None  # type: ignore[assignment]
+
+settings.register_profile(
+    "honeytrace",
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("honeytrace")
+
+CPU_BACKENDS = ["reference", *(f"cpp-{level}" for level in (_C.simd_levels() if _C is not None else []))]
+"""Every backend that runs on CPU tensors here, the compiled core once for each instruction set of this machine."""
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on each CPU backend and instruction set in turn; the value is its name."""
+    name, _, level = request.param.partition("-")
+    before = _C.simd_level() if level else None
+    if level:
+        _C.set_simd_level(level)
+    try:
+        with registry.force(name):
+            yield request.param
+    finally:
+        if before is not None:
+            _C.set_simd_level(before)
+
+
+@pytest.fixture
+def randn() -> Callable[..., torch.Tensor]:
+    """`randn(*shape)`: normal float32 from a generator of the test's own."""
+    generator = torch.Generator().manual_seed(20250109)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return draw
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """`threads(n)` sets torch's threads; the number from before comes back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
