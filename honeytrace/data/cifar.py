@@ -150,7 +150,7 @@ def _read_python(path: Path, form: _Form) -> Split:
     return _split(path, form, pixels, labels)
 
 
-def _split(path: Path, form: _Form, pixels: "np.ndarray[Any, Any]", labels: "np.ndarray[Any, Any]") -> Split:
+def _split(path: Path, form: _Form, pixels: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Split:
     if pixels.shape != (len(labels), _PIXELS) or labels.ndim != 1 or len(labels) == 0:
         raise DamagedDataset(f"{path}: {list(pixels.shape)} pixels do not fit {list(labels.shape)} labels")
     if labels.max() >= form.class_count:
@@ -198,7 +198,7 @@ class _ArrayParts:
     def __setstate__(self, state: object) -> None:
         self.state = state
 
-    def to_numpy(self) -> "np.ndarray[Any, Any]":
+    def to_numpy(self) -> np.ndarray[Any, Any]:
         """The array uint8 of the shape the file says; ValueError if that is not what it holds."""
         if not isinstance(self.state, tuple) or len(self.state) != 5:
             raise ValueError("an array without its parts")
@@ -208,4 +208,5 @@ class _ArrayParts:
             raise ValueError("expected an array of unsigned bytes")
         if math.prod(shape) != len(raw):
             raise ValueError(f"shape {shape} does not fit {len(raw)} bytes")
-        return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if column_major else "C")
+        flat: np.ndarray[Any, Any] = np.frombuffer(raw, np.uint8)
+        return np.reshape(flat, shape, order="F" if column_major else "C")
