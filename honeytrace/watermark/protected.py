@@ -1,0 +1,137 @@
+"""The protected model: the same module, whose head's answer passes through the watermark.
+
+`protect` copies the modules on the way from the model to its head (their weights are shared, nothing is cloned) and
+hangs the watermark on the copied head as a forward hook. So the protected model is of the model's own class, takes
+the same call, gives the same kind of output (tensor, tuple, output object), has the same state_dict, and the bare
+model stays as it was. Bank, targets and seed live in the hook: not among parameters and buffers, in no repr.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from honeytrace.ops import Bank, watermark
+from honeytrace.ops.rule import WatermarkRule
+from honeytrace.watermark.head import get_head
+
+Answers = Literal["logits", "probabilities", "labels"]
+ANSWERS: tuple[Answers, ...] = ("logits", "probabilities", "labels")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class AnswerHook:
+    """Forward hook of the head: (features, logits) -> the marked answer.
+
+    Args:
+        bank, target_logits [G, C], planes [P, D], rule, seed: as `honeytrace.ops.watermark` takes them.
+        answers: "logits" (as the model gives them), "probabilities" (softmax of them) or "labels" (the logits are
+            replaced by one-hot rows of the most probable class: an argmax and a softmax behind the head still work).
+
+    Raises:
+        ValueError: answers is none of the three words.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        target_logits: Tensor,
+        planes: Tensor,
+        rule: WatermarkRule,
+        seed: int,
+        answers: Answers,
+    ) -> None:
+        if answers not in ANSWERS:
+            raise ValueError(f"answers must be one of {', '.join(map(repr, ANSWERS))}, got {answers!r}")
+        self._on: dict[torch.device, tuple[Bank, Tensor, Tensor]] = {
+            bank.device: (bank, target_logits, planes)
+        }
+        self._home = bank.device
+        self._rule, self._seed, self._answers = rule, seed, answers
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        features = args[0]
+        bank, target_logits, planes = self._at(features.device)
+        if output.dtype == torch.float64:
+            # The kernels work in float32. A row whose similarity is 0 must come back bit for bit, so the difference
+            # is added in float64 rather than the whole answer rounded.
+            single = output.float()
+            marked = watermark(
+                features.float(), single, bank, target_logits, planes, rule=self._rule, seed=self._seed
+            )
+            bent = (marked.similarity.amax(dim=1, keepdim=True) > 0).expand_as(output)
+            answer = torch.where(bent, marked.logits.double(), output)
+        else:
+            answer = watermark(
+                features, output, bank, target_logits, planes, rule=self._rule, seed=self._seed
+            ).logits
+        if self._answers == "probabilities":
+            return answer.softmax(dim=-1)
+        if self._answers == "labels":
+            return nn.functional.one_hot(answer.argmax(dim=-1), answer.shape[-1]).to(answer.dtype)
+        return answer
+
+    def _at(self, device: torch.device) -> tuple[Bank, Tensor, Tensor]:
+        held = self._on.get(device)
+        if held is None:
+            bank, target_logits, planes = self._on[self._home]
+            held = bank.to(device), target_logits.to(device), planes.to(device)
+            self._on[device] = held
+        return held
+
+    def __repr__(self) -> str:
+        return "AnswerHook(<hidden>)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AnswerHook:
+        return self  # it holds no state of its own: a copy of the model may share it
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a protected model is not pickled, for the pickle would hold the trigger bank; "
+            "load the watermark's file where it is needed and call protect there"
+        )
+
+
+def protect(model: M, head: str, hook: AnswerHook, features: int, classes: int) -> M:
+    """`model` with `hook` on its head; see the module's docstring.
+
+    Raises:
+        TypeError: model is no `nn.Module`, or a compiled or scripted one.
+        ValueError: the head is missing, or its sizes are not those the watermark was calibrated on.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise TypeError("model must be protected before it is compiled or scripted; pass the plain nn.Module")
+    linear = get_head(model, head)
+    if (linear.in_features, linear.out_features) != (features, classes):
+        raise ValueError(
+            f"the head {head!r} must have {features} features and {classes} classes, as the calibrated model had, "
+            f"got {linear.in_features} and {linear.out_features}"
+        )
+    if any(isinstance(h, AnswerHook) for h in linear._forward_hooks.values()):
+        raise ValueError("model is protected already; protect the bare model")
+    twin = _shallow(model)
+    parent = twin
+    for part in head.split(".") if head else []:
+        child = _shallow(parent._modules[part])
+        parent._modules[part] = child
+        parent = child
+    parent.register_forward_hook(hook)
+    return twin
+
+
+def _shallow(module: M | None) -> M:
+    """The module with dictionaries of its own for children and hooks, and the very same parameters and buffers."""
+    assert module is not None  # get_head has walked this path
+    twin = copy.copy(module)
+    for name, value in vars(module).items():
+        # Children, and whatever keeps hooks, get their own dictionary; parameters and buffers stay shared, so that
+        # loading weights into the one is seen by the other.
+        if isinstance(value, dict) and (name == "_modules" or "hook" in name):
+            twin.__dict__[name] = copy.copy(value)
+    return twin

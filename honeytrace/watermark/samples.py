@@ -1,0 +1,127 @@
+"""The owner's labelled data as the model sees it: inputs, labels, features and logits, held once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from honeytrace.training import Progress
+from honeytrace.watermark.head import features_and_logits
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N samples with what the model makes of them; everything on the CPU.
+
+    Attributes:
+        inputs: [N, ...]; labels: [N] int64; features: [N, D] float32; logits: [N, C] float32.
+    """
+
+    inputs: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    features: Tensor = field(repr=False)
+    logits: Tensor = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: Tensor | slice) -> Samples:
+        return Samples(self.inputs[index], self.labels[index], self.features[index], self.logits[index])
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.logits.shape[1]
+
+    @property
+    def probabilities(self) -> Tensor:
+        """[N, C]."""
+        return self.logits.softmax(dim=1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """[N]: the largest probability."""
+        return self.probabilities.amax(dim=1)
+
+    @property
+    def predicted(self) -> Tensor:
+        """[N] int64."""
+        return self.logits.argmax(dim=1)
+
+
+def gather(data: Any, name: str) -> tuple[Tensor, Tensor]:
+    """All inputs [N, ...] and labels [N] of an iterable of pairs.
+
+    Args:
+        data: a pair (inputs [N, ...], labels [N]); or an iterable of pairs: batches (inputs [B, ...], labels [B])
+            as a DataLoader gives them, or single samples (input [...], label) as a Dataset does.
+        name: how errors call it.
+
+    Raises:
+        TypeError: data is neither.
+        ValueError: it is empty, or inputs and labels differ in number.
+    """
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        data = [data]
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise TypeError(f"{name} must be an iterable of (input, label), got {type(data).__name__}")
+    inputs: list[Tensor] = []
+    labels: list[Tensor] = []
+    for pair in data:
+        if not isinstance(pair, (tuple, list)) or len(pair) < 2:
+            raise TypeError(f"{name} must give pairs (input, label), got a {type(pair).__name__}")
+        x, y = torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
+        if y.is_floating_point() or y.dim() > 1:
+            raise ValueError(
+                f"labels in {name} must be class numbers, got {y.dtype} of shape {list(y.shape)}"
+            )
+        if y.dim() == 0:
+            x, y = x[None], y[None]
+        if len(x) != len(y):
+            raise ValueError(f"{name} must give one label for each input, got {len(x)} and {len(y)}")
+        inputs.append(x.detach().cpu())
+        labels.append(y.detach().cpu().long())
+    if not inputs or sum(map(len, inputs)) == 0:
+        raise ValueError(f"{name} must not be empty")
+    return torch.cat(inputs), torch.cat(labels)
+
+
+def look(
+    model: nn.Module,
+    head: str,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+    text: str = "features",
+) -> Samples:
+    """Put the inputs through the model, batch by batch.
+
+    Raises:
+        ValueError: a label is no class of the model, or features or logits are not finite.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    features: list[Tensor] = []
+    logits: list[Tensor] = []
+    done = 0
+    for batch in torch.split(inputs, batch_size):
+        h, z = features_and_logits(model, head, batch.to(device))
+        features.append(h.cpu())
+        logits.append(z.cpu())
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(inputs), text)
+    samples = Samples(inputs, labels, torch.cat(features), torch.cat(logits))
+    if int(labels.min()) < 0 or int(labels.max()) >= samples.num_classes:
+        raise ValueError(
+            f"labels must be classes of the model, 0 to {samples.num_classes - 1}, "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )
+    if not (samples.features.isfinite().all() and samples.logits.isfinite().all()):
+        raise ValueError("the model gives features or logits that are not finite on the data")
+    return samples

@@ -1,0 +1,158 @@
+"""What calibration chose and what it costs, to be read. Holds nothing that gives a trigger or a target away."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from honeytrace.ownership.power import plan, smallest_p_value
+from honeytrace.watermark.groups import Family, Mark
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """One group: its kind, the share of likely queries it marks, and how well a copy should learn it.
+
+    Attributes:
+        share: of likely queries within the group's offset.
+        lift: predicted share of the mark that a copy shows at the triggers, in [0, 1].
+        isolation: distance to the second nearest cluster over that to its own; 0 for composites.
+        candidates, triggers: how many.
+    """
+
+    family: Family
+    mark: Mark
+    share: float
+    lift: float
+    isolation: float
+    candidates: int
+    triggers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Attributes:
+    budget: the accuracy drop that was allowed (share of answers).
+    accuracy, accuracy_graded, accuracy_marked: of the bare model, with the graded mark, with all marks.
+    expected_drop: what the model's own probabilities expect all marks to cost.
+    strength: of the graded mark, after fitting.
+    bent, flipped: share of likely queries whose answer changes at all, and whose label is replaced.
+    measured_on: number of samples behind the accuracies.
+    groups: one entry a group.
+    """
+
+    budget: float
+    accuracy: float
+    accuracy_graded: float
+    accuracy_marked: float
+    expected_drop: float
+    strength: float
+    bent: float
+    flipped: float
+    measured_on: int
+    groups: tuple[GroupSummary, ...]
+
+    @classmethod
+    def empty(cls) -> Summary:
+        """Before anything was measured."""
+        return cls(
+            budget=0.0, accuracy=0.0, accuracy_graded=0.0, accuracy_marked=0.0, expected_drop=0.0, strength=0.0,
+            bent=0.0, flipped=0.0, measured_on=0, groups=(),
+        )  # fmt: skip
+
+    def of(self, mark: Mark) -> tuple[GroupSummary, ...]:
+        """The groups with this mark."""
+        return tuple(group for group in self.groups if group.mark == mark)
+
+    def without_flips(self) -> Summary:
+        """The same watermark's graded part."""
+        return dataclasses.replace(
+            self,
+            accuracy_marked=self.accuracy_graded,
+            expected_drop=0.0,
+            flipped=0.0,
+            groups=self.of("graded"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Summary:
+        """What `to_dict` gave. Raises TypeError for other fields."""
+        groups = tuple(GroupSummary(**group) for group in fields["groups"])
+        return cls(**{**fields, "groups": groups})
+
+    def warnings(self, alpha: float = 1e-3) -> list[str]:
+        """What this watermark cannot promise, in words; empty when there is nothing to warn of."""
+        found = []
+        for mark, attackers in (
+            ("graded", "attackers who use scores"),
+            ("flip", "attackers who use labels only"),
+        ):
+            groups = self.of("graded" if mark == "graded" else "flip")
+            if not groups or (mark == "flip" and self.flipped == 0):
+                found.append(f"no {mark} mark: nothing is promised against {attackers}")
+                continue
+            best = smallest_p_value([group.candidates for group in groups])
+            if best > alpha:
+                found.append(f"{mark}: even a perfect copy would only reach p = {best:.2g}, not {alpha:g}")
+                continue
+            chance = plan(
+                len(groups),
+                [group.candidates for group in groups],
+                [max(0.0, min(0.95, group.lift)) for group in groups],
+                alpha,
+            )
+            if chance < 0.5:
+                found.append(
+                    f"{mark}: a claim at {alpha:g} is unlikely (about {chance:.0%}); {attackers} may get away"
+                )
+        return found
+
+    def __str__(self) -> str:
+        lines = [name + value for name, value in self._facts()]
+        lines += [f"  warning: {text}" for text in self.warnings()]
+        return "\n".join(["Watermark, as calibrated", *lines])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        def points(value: float) -> str:
+            return f"{100 * value:.2f} points"
+
+        facts = [
+            ("  accuracy, bare model       ", f"{self.accuracy:.2%}  (on {self.measured_on:,} samples)"),
+            ("  accuracy lost, graded mark ", points(self.accuracy - self.accuracy_graded)),
+            (
+                "  accuracy lost, all marks   ",
+                f"{points(self.accuracy - self.accuracy_marked)}  (expected {points(self.expected_drop)}, "
+                f"allowed {points(self.budget)})",
+            ),
+            (
+                "  answers changed at all     ",
+                f"{self.bent:.2%} of likely queries, by at most {self.strength:.2g}",
+            ),
+            ("  labels replaced            ", f"{self.flipped:.2%} of likely queries"),
+        ]
+        for mark in ("graded", "flip"):
+            groups = self.of("graded" if mark == "graded" else "flip")
+            if groups:
+                lifts = [group.lift for group in groups]
+                kinds = {
+                    family: sum(g.family == family for g in groups) for family in ("cluster", "composite")
+                }
+                kind = ", ".join(f"{count} {family}" for family, count in kinds.items() if count)
+                facts.append(
+                    (
+                        f"  {mark + ' groups':<27}",
+                        f"{len(groups)} ({kind}); predicted lift {min(lifts):.2f} to {max(lifts):.2f}; "
+                        f"{groups[0].triggers} triggers each",
+                    )
+                )
+        return facts
