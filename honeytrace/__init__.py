@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from honeytrace import doctor as doctor
     from honeytrace import ops as ops
-    from honeytrace.doctor import doctor as doctor
     from honeytrace.ops import reference as reference
     from honeytrace.ops.rule import WatermarkRule as WatermarkRule
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 # one line here and one line under TYPE_CHECKING above.
 _LAZY: dict[str, tuple[str, str | None]] = {
     "WatermarkRule": ("honeytrace.ops.rule", "WatermarkRule"),
-    "doctor": ("honeytrace.doctor", "doctor"),
+    "doctor": ("honeytrace.doctor", None),
     "ops": ("honeytrace.ops", None),
     "reference": ("honeytrace.ops.reference", None),
 }

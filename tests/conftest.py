@@ -25,7 +25,7 @@ settings.register_profile(
 settings.load_profile("honeytrace")
 
 CPU_BACKENDS = ["reference", *(f"cpp-{level}" for level in (_C.simd_levels() if _C is not None else []))]
-"""Every backend that runs on CPU tensors here, the compiled core once for each instruction set of this machine."""
+"""Every backend that runs on CPU tensors here, the compiled core once for each instruction set."""
 
 
 @pytest.fixture(params=CPU_BACKENDS)
@@ -49,7 +49,7 @@ def randn() -> Callable[..., torch.Tensor]:
     generator = torch.Generator().manual_seed(20250109)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     return draw
 

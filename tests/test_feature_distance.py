@@ -3,18 +3,27 @@ from __future__ import annotations
 import importlib
 import itertools
 
+import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerances import DISTANCE, GRADIENT, NEAR_DISTANCE, Tolerance, assert_close
 
-import oracles
 from honeytrace import ops, reference
 from honeytrace.ops import registry
 from honeytrace.ops.feature_distance import distance_backward
-from tolerances import DISTANCE, GRADIENT, NEAR_DISTANCE, Tolerance, assert_close
 
-METRICS = [("l1", None), ("l2", None), ("lp", 3.0), ("lp", 1.5), ("lp", 4.7), ("lp", 1.0), ("lp", 2.0), ("cosine", None)]
+METRICS = [
+    ("l1", None),
+    ("l2", None),
+    ("lp", 3.0),
+    ("lp", 1.5),
+    ("lp", 4.7),
+    ("lp", 1.0),
+    ("lp", 2.0),
+    ("cosine", None),
+]
 SIZES = [  # B, G, M, D, k
     (1, 1, 1, 1, 1),
     (3, 2, 5, 3, 2),
@@ -204,7 +213,7 @@ def test_reference_in_small_blocks_gives_the_same_bits(monkeypatch, randn):
         assert torch.equal(reference.feature_distance(q, b), expected)
 
 
-# Gradients ---------------------------------------------------------------------------------------------------------
+# Gradients ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("metric", "p"), METRICS)
@@ -256,7 +265,9 @@ def test_gradient_in_blocks(monkeypatch, randn):
     q, b, grad = randn(7, 6), randn(2, 9, 6), randn(7, 2)
     index = indices_of(q, b, 3)
     expected = distance_backward(grad, q, b, index, "l2", 1.0, (True, True))
-    module = importlib.import_module("honeytrace.ops.feature_distance")  # the package's attribute is the function
+    module = importlib.import_module(
+        "honeytrace.ops.feature_distance"
+    )  # the package's attribute is the function
     monkeypatch.setattr(module, "_BLOCK", 2 * 3 * 6 * 2)
     for actual, wanted in zip(
         distance_backward(grad, q, b, index, "l2", 1.0, (True, True)), expected, strict=True
@@ -274,7 +285,7 @@ def test_gradient_has_the_features_dtype(backend, randn, dtype):
     assert torch.isfinite(q.grad).all()
 
 
-# Tracing -----------------------------------------------------------------------------------------------------------
+# Tracing ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -310,7 +321,7 @@ def test_exports(randn):
     assert torch.equal(program.module()(q), module(q))
 
 
-# Bad input ---------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------------
 
 Q, B = torch.zeros(2, 3), torch.zeros(1, 4, 3)
 BAD = [
@@ -329,7 +340,12 @@ BAD = [
     ((Q, B), {"k": 0}, ValueError, "k must be between 1 and"),
     ((Q, B), {"k": 2.0}, TypeError, "k must be an int, got 2.0 of type float"),
     ((Q, B), {"k": True}, TypeError, "k must be an int"),
-    ((Q, B), {"k": 2, "metric": "l3"}, ValueError, "metric must be one of 'l1', 'l2', 'lp', 'cosine', got metric='l3'"),
+    (
+        (Q, B),
+        {"k": 2, "metric": "l3"},
+        ValueError,
+        "metric must be one of 'l1', 'l2', 'lp', 'cosine', got metric='l3'",
+    ),
     ((Q, B), {"k": 2, "metric": 1}, TypeError, "metric must be a str"),
     ((Q, B), {"k": 2, "metric": "lp"}, ValueError, 'p must be given with metric="lp"'),
     ((Q, B), {"k": 2, "metric": "lp", "p": 0.5}, ValueError, "p must be finite and at least 1, got p=0.5"),

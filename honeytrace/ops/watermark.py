@@ -21,7 +21,7 @@ from honeytrace.ops.feature_distance import bank_tensors, check_queries, distanc
 from honeytrace.ops.feature_distance import op as distance_op
 from honeytrace.ops.library import call, define
 from honeytrace.ops.reference import WatermarkOutput, check_planes, check_target_logits
-from honeytrace.ops.rule import METRICS, WatermarkRule
+from honeytrace.ops.rule import METRICS, WatermarkRule, check_rule
 from honeytrace.ops.watermark_mix import mix_backward
 
 
@@ -59,8 +59,7 @@ def watermark(
 
     Source: Neural Honeytrace (arXiv 2501.09328), section 4, with the additions of DESIGN, section 3.
     """
-    if not isinstance(rule, WatermarkRule):
-        raise TypeError(f"rule must be a WatermarkRule, got {type(rule).__name__}")
+    check_rule(rule)
     rows, packed, norms = bank_tensors(bank)
     check_queries(features, rows, rule.k)
     rule.check_groups(rows.shape[0])

@@ -11,7 +11,7 @@ from torch import Tensor
 from honeytrace.ops.checks import KERNEL_DTYPES, check_seed
 from honeytrace.ops.library import call, define
 from honeytrace.ops.reference import check_mix
-from honeytrace.ops.rule import WatermarkRule
+from honeytrace.ops.rule import WatermarkRule, check_rule
 
 
 def watermark_mix(
@@ -49,8 +49,7 @@ def watermark_mix(
     section 3.
     """
     check_mix(logits, similarity, target_logits, bucket, KERNEL_DTYPES)
-    if not isinstance(rule, WatermarkRule):
-        raise TypeError(f"rule must be a WatermarkRule, got {type(rule).__name__}")
+    check_rule(rule)
     wants_gradient = logits.requires_grad or similarity.requires_grad or target_logits.requires_grad
     outputs: tuple[Tensor, Tensor, Tensor] = call(
         op, wants_gradient, logits, similarity, target_logits, bucket, rule.mixing_numbers, check_seed(seed)

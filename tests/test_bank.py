@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from honeytrace import ops
+from honeytrace.ops import registry
+
+
+def test_holds_float32_rows_and_sizes(randn):
+    rows = randn(2, 17, 5)
+    bank = ops.Bank(rows)
+    assert (bank.groups, bank.size, bank.features) == (2, 17, 5)
+    assert bank.rows.dtype == torch.float32
+    assert bank.rows.is_contiguous()
+    assert torch.equal(bank.rows, rows)
+    single = ops.Bank(rows[0].half().t().contiguous().t())
+    assert (single.groups, single.size, single.features) == (1, 17, 5)
+    assert torch.equal(single.rows[0], rows[0].half().float())
+
+
+def test_is_a_copy(randn):
+    rows, q = randn(1, 17, 5), randn(2, 5)
+    bank = ops.Bank(rows)
+    expected = ops.feature_distance(q, bank)
+    rows.zero_()
+    assert torch.equal(ops.feature_distance(q, bank), expected)
+
+
+def test_packed_layout(randn):
+    core = pytest.importorskip("honeytrace._C")
+    rows = randn(2, 19, 5)
+    bank = ops.Bank(rows)
+    panels = bank.packed.view(2, 2, 5, core.LANES)
+    for m in range(19):
+        assert torch.equal(panels[:, m // core.LANES, :, m % core.LANES], rows[:, m])
+    assert torch.allclose(bank.norms[:, :19], rows.norm(dim=-1), rtol=1e-6)
+
+
+def test_repr_shows_sizes_and_no_values(randn):
+    assert repr(ops.Bank(randn(2, 17, 5))) == "Bank(groups=2, size=17, features=5, device=cpu)"
+
+
+def test_to_another_device(randn):
+    bank = ops.Bank(randn(2, 17, 5))
+    assert bank.to("cpu") is bank
+    moved = bank.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.packed is None
+    assert (moved.groups, moved.size, moved.features) == (2, 17, 5)
+
+
+def test_passes_gradients_on(randn):
+    rows = randn(17, 5).requires_grad_()
+    ops.feature_distance(randn(2, 5), ops.Bank(rows)).sum().backward()
+    assert rows.grad.abs().max() > 0
+
+
+def test_without_a_packed_form_every_backend_still_runs(backend, randn, monkeypatch):
+    rows, q = randn(2, 17, 5), randn(3, 5)
+    expected = ops.feature_distance(q, ops.Bank(rows))
+    monkeypatch.setattr("honeytrace.ops.bank.pack", lambda rows: (None, None))
+    bank = ops.Bank(rows)
+    assert bank.packed is None
+    assert torch.equal(ops.feature_distance(q, bank), expected)
+    with registry.force("reference"):
+        ops.feature_distance(q, bank)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "text"),
+    [
+        (None, TypeError, r"rows must be a torch.Tensor \[G, M, D\] or \[M, D\], got NoneType"),
+        (torch.zeros(3), ValueError, r"rows must have shape .* got \[3\]"),
+        (torch.zeros(1, 2, 3, 4), ValueError, "rows must have shape"),
+        (torch.zeros(0, 2, 3), ValueError, "rows must have shape .* without empty dimensions"),
+        (torch.zeros(2, 0), ValueError, "rows must have shape .* without empty dimensions"),
+        (torch.zeros(2, 3).int(), TypeError, "rows must have dtype"),
+        (torch.zeros(2, 3).double(), TypeError, "float64 is what honeytrace.reference takes"),
+        (torch.full((2, 3), torch.nan), ValueError, "rows must be finite, got NaN or infinite values"),
+        (torch.full((2, 3), -torch.inf), ValueError, "rows must be finite"),
+    ],
+)
+def test_bad_rows_are_named(rows, error, text):
+    with pytest.raises(error, match=text):
+        ops.Bank(rows)
