@@ -1,8 +1,9 @@
 """CPU kernels on raw addresses. Use honeytrace.ops, which checks what it is given.
 
-Every ``*_ptr`` is the address of C-contiguous memory unless a stride is given beside it; shapes and dtypes are noted at
-each function (G groups, M bank rows, D features, B queries, C classes, P planes). ``dtype``: 0 float32, 1 float16,
-2 bfloat16. ``metric``: 0 l1, 1 l2, 2 lp, 3 cosine. Strides count elements. The GIL is released during a call.
+Every ``*_ptr`` is the address of C-contiguous memory unless a stride is given beside it; shapes and dtypes
+are noted at each function (G groups, M bank rows, D features, B queries, C classes, P planes). ``dtype``:
+0 float32, 1 float16, 2 bfloat16. ``metric``: 0 l1, 1 l2, 2 lp, 3 cosine. Strides count elements. The GIL is
+released during a call.
 """
 
 from typing import TypedDict
@@ -11,8 +12,8 @@ LANES: int
 """Bank rows in one packed panel: 16, on every instruction set."""
 
 Rule = tuple[float, float, float, float, int, float, float, float, int]
-"""(low_confidence, low_power, high_confidence, high_power, space (0 logits, 1 probabilities), strength, mixing_power,
-flip_power, flip_bins)"""
+"""(low_confidence, low_power, high_confidence, high_power, space (0 logits, 1 probabilities), strength,
+mixing_power, flip_power, flip_bins)"""
 
 class BuildInfo(TypedDict):
     version: str
@@ -46,7 +47,7 @@ def feature_distance(
     index_ptr: int,
     threads: int,
 ) -> None:
-    """Mean of the k smallest distances into float32 [B, G]; their rows, by (distance, row), into int32 [B, G, k].
+    """Mean of the k smallest distances into float32 [B, G]; their rows, by (distance, row), int32 [B, G, k].
 
     ``index_ptr`` may be 0. A query with a NaN or infinity gets the distance +inf and the rows 0..k-1.
     """
@@ -86,7 +87,7 @@ def watermark_mix(
 ) -> None:
     """Bends logits [B, C] by float32 similarity [B, G] towards float32 target logits [G, C].
 
-    Writes the answers [B, C] in the logits' dtype, int64 group [B] and bool flipped [B]; ``seed`` is in [0, 2^64).
+    Writes the answers [B, C] in the logits' dtype, int64 group [B], bool flipped [B]; ``seed`` in [0, 2^64).
     """
 
 def watermark(
@@ -132,7 +133,7 @@ def simd_levels() -> list[str]:
     """Levels that this build holds and this machine runs, weakest first."""
 
 def simd_level() -> str:
-    """The level in use. The first question reads HONEYTRACE_SIMD; a level that cannot run raises ValueError."""
+    """The level in use. The first question reads HONEYTRACE_SIMD; one that cannot run raises ValueError."""
 
 def set_simd_level(name: str) -> None:
     """Puts a level to use; one that cannot run raises ValueError with the names of those that can."""

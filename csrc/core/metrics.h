@@ -1,6 +1,6 @@
 // One struct for each metric: `accumulate` takes one feature of query and row into the running sum, `finish` turns
-// the sum over D features into the distance. V is a value type with the operations of cpu/vec.h and
-// V(x) for a constant.
+// the sum over D features into the distance. V is a value type with the operations of cpu/vec.h and V(x) for a
+// constant; Q is what stands for the query's feature, anything that sub(V, Q) takes.
 //
 // Formulas (DESIGN section 3): l1 sum|d|/D, l2 sqrt(sum d^2/D), lp (sum |d|^p/D)^(1/p), cosine 1 - q.b/(|q||b|)
 // with q and b already divided by their norms, where it equals |q - b|^2 / 2 and near rows do not cancel.
@@ -20,9 +20,9 @@ constexpr float kUnderflowGuard = 0x1p-90f;
 struct L1 {
     static constexpr float kSmallestSum = 0.0f;
     static constexpr bool kCosine = false;
-    template <class V>
-    HONEYTRACE_HD V accumulate(V q, V b, V sum) const {
-        return add_abs(sub(q, b), sum);
+    template <class Q, class V>
+    HONEYTRACE_HD V accumulate(Q q, V b, V sum) const {
+        return add_abs(sub(b, q), sum);
     }
     template <class V>
     HONEYTRACE_HD V finish(V sum, float features) const {
@@ -33,9 +33,9 @@ struct L1 {
 struct L2 {
     static constexpr float kSmallestSum = kUnderflowGuard;
     static constexpr bool kCosine = false;
-    template <class V>
-    HONEYTRACE_HD V accumulate(V q, V b, V sum) const {
-        const V d = sub(q, b);
+    template <class Q, class V>
+    HONEYTRACE_HD V accumulate(Q q, V b, V sum) const {
+        const V d = sub(b, q);
         return fma(d, d, sum);
     }
     template <class V>
@@ -47,9 +47,9 @@ struct L2 {
 struct Cosine {
     static constexpr float kSmallestSum = 0.0f;  // of unit vectors: nothing overflows, and what underflows is nothing
     static constexpr bool kCosine = true;
-    template <class V>
-    HONEYTRACE_HD V accumulate(V q, V b, V sum) const {
-        const V d = sub(q, b);
+    template <class Q, class V>
+    HONEYTRACE_HD V accumulate(Q q, V b, V sum) const {
+        const V d = sub(b, q);
         return fma(d, d, sum);
     }
     template <class V>
@@ -70,9 +70,9 @@ struct LpRoot {
 struct L3 : LpRoot {
     static constexpr float kSmallestSum = kUnderflowGuard;
     static constexpr bool kCosine = false;
-    template <class V>
-    HONEYTRACE_HD V accumulate(V q, V b, V sum) const {
-        const V d = absolute(sub(q, b));
+    template <class Q, class V>
+    HONEYTRACE_HD V accumulate(Q q, V b, V sum) const {
+        const V d = absolute(sub(b, q));
         return fma(mul(d, d), d, sum);
     }
 };
@@ -80,9 +80,9 @@ struct L3 : LpRoot {
 struct L4 : LpRoot {
     static constexpr float kSmallestSum = kUnderflowGuard;
     static constexpr bool kCosine = false;
-    template <class V>
-    HONEYTRACE_HD V accumulate(V q, V b, V sum) const {
-        const V d = sub(q, b);
+    template <class Q, class V>
+    HONEYTRACE_HD V accumulate(Q q, V b, V sum) const {
+        const V d = sub(b, q);
         const V square = mul(d, d);
         return fma(square, square, sum);
     }
@@ -92,9 +92,9 @@ struct L4 : LpRoot {
 struct LpThreeHalves : LpRoot {
     static constexpr float kSmallestSum = kUnderflowGuard;
     static constexpr bool kCosine = false;
-    template <class V>
-    HONEYTRACE_HD V accumulate(V q, V b, V sum) const {
-        const V d = absolute(sub(q, b));
+    template <class Q, class V>
+    HONEYTRACE_HD V accumulate(Q q, V b, V sum) const {
+        const V d = absolute(sub(b, q));
         return fma(square_root(d), d, sum);
     }
 };
@@ -104,9 +104,9 @@ struct LpHalves : LpRoot {
     static constexpr float kSmallestSum = kUnderflowGuard;
     static constexpr bool kCosine = false;
     unsigned twice;
-    template <class V>
-    HONEYTRACE_HD V accumulate(V q, V b, V sum) const {
-        V base = absolute(sub(q, b));
+    template <class Q, class V>
+    HONEYTRACE_HD V accumulate(Q q, V b, V sum) const {
+        V base = absolute(sub(b, q));
         V product = (twice & 1u) ? square_root(base) : V(1.0f);
         for (unsigned whole = twice >> 1; whole != 0; whole >>= 1) {
             if (whole & 1u) product = mul(product, base);
@@ -120,9 +120,9 @@ struct LpAny : LpRoot {
     static constexpr float kSmallestSum = kUnderflowGuard;
     static constexpr bool kCosine = false;
     float exponent;
-    template <class V>
-    HONEYTRACE_HD V accumulate(V q, V b, V sum) const {
-        return add(power(absolute(sub(q, b)), exponent, 0.0f), sum);
+    template <class Q, class V>
+    HONEYTRACE_HD V accumulate(Q q, V b, V sum) const {
+        return add(power(absolute(sub(b, q)), exponent, 0.0f), sum);
     }
 };
 

@@ -43,8 +43,8 @@ HT_INLINE void tile_sums(const M& metric, const float* queries, const float* pan
                 if constexpr (M::kCosine) row[n] = mul(row[n], inverse_norms[n]);
             }
             HT_UNROLL for (int q = 0; q < QT; ++q) {
-                const Lanes value = fill(query[q]);
-                HT_UNROLL for (int n = 0; n < NP; ++n) sum[q][n] = metric.accumulate(value, row[n], sum[q][n]);
+                HT_UNROLL for (int n = 0; n < NP; ++n)
+                    sum[q][n] = metric.accumulate(Spread{query + q}, row[n], sum[q][n]);
             }
         }
         HT_UNROLL for (int q = 0; q < QT; ++q) {
@@ -174,7 +174,7 @@ template <int QT, class M>
 HT_INLINE void query_tiles(const M& metric, const DistanceTask& task, size_t* query, size_t panel, size_t end,
                            SmallestK* smallest) {
     // A tile of few queries takes more panels, to have enough independent sums in flight.
-    constexpr int kPanels = QT >= 8 ? kPanelsOf8 : (QT >= 4 ? kPanelsOf4 : kPanelsOf1);
+    constexpr int kPanels = QT >= 16 ? 1 : (QT >= 8 ? kPanelsOf8 : (QT >= 4 ? kPanelsOf4 : kPanelsOf1));
     for (; *query + QT <= task.batch; *query += QT)
         tile_panels<QT, kPanels>(metric, task, task.tiles + *query * task.features, *query, panel, end,
                                                 smallest);
@@ -194,6 +194,7 @@ HT_INLINE void pack_queries(const DistanceTask& task, size_t* query) {
 template <class M>
 void distance_with(const M& metric, const DistanceTask& task) {
     size_t packed_queries = 0;
+    if constexpr (kQueryTile >= 16) pack_queries<16>(task, &packed_queries);
     if constexpr (kQueryTile >= 8) pack_queries<8>(task, &packed_queries);
     pack_queries<4>(task, &packed_queries);
     pack_queries<1>(task, &packed_queries);
@@ -208,6 +209,7 @@ void distance_with(const M& metric, const DistanceTask& task) {
     for (size_t panel = 0; panel < panels; panel += step) {
         const size_t end = panel + step < panels ? panel + step : panels;
         size_t query = 0;
+        if constexpr (kQueryTile >= 16) query_tiles<16>(metric, task, &query, panel, end, smallest);
         if constexpr (kQueryTile >= 8) query_tiles<8>(metric, task, &query, panel, end, smallest);
         query_tiles<4>(metric, task, &query, panel, end, smallest);
         query_tiles<1>(metric, task, &query, panel, end, smallest);

@@ -5,8 +5,8 @@
 
 namespace honeytrace::HONEYTRACE_LEVEL {
 
-// Sums of a full tile: 8 x 2 of the 32 registers.
-constexpr int kQueryTile = 8;
+// Sums of a full tile: 16 x 1 of the 32 registers.
+constexpr int kQueryTile = 16;
 constexpr int kPanelsOf8 = 2;
 constexpr int kPanelsOf4 = 4;
 constexpr int kPanelsOf1 = 8;

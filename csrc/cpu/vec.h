@@ -57,6 +57,15 @@ HT_INLINE Lanes load(const float* p) {
 }
 HT_INLINE void store(float* p, Lanes a) { HT_EACH_REGISTER reg_store(p + i * kRegisterFloats, a.r[i]); }
 HT_INLINE Lanes fill(float x) { return Lanes(x); }
+// One float in memory that stands for all lanes.
+struct Spread {
+    const float* value;
+};
+HT_INLINE Lanes sub(Lanes a, Spread b) {
+    Lanes out;
+    HT_EACH_REGISTER out.r[i] = reg_sub_spread(a.r[i], b.value);
+    return out;
+}
 // a * b + c, rounded once where the level can.
 HT_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) {
     Lanes out;

@@ -27,6 +27,7 @@ HT_INLINE void reg_store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
 HT_INLINE Reg reg_set(float x) { return _mm256_set1_ps(x); }
 HT_INLINE Reg reg_add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
 HT_INLINE Reg reg_sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+HT_INLINE Reg reg_sub_spread(Reg a, const float* b) { return reg_sub(a, reg_set(*b)); }
 HT_INLINE Reg reg_mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
 HT_INLINE Reg reg_div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
 HT_INLINE Reg reg_fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }

@@ -15,6 +15,12 @@
 
 #include <cstdint>
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own intrinsics start from a register left undefined on purpose, and GCC warns of it (its bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace honeytrace::HONEYTRACE_LEVEL {
 
 constexpr int kRegisterFloats = 16;
@@ -28,6 +34,13 @@ HT_INLINE void reg_store(float* p, Reg a) { _mm512_storeu_ps(p, a); }
 HT_INLINE Reg reg_set(float x) { return _mm512_set1_ps(x); }
 HT_INLINE Reg reg_add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
 HT_INLINE Reg reg_sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+// a - *b. A broadcast into a register takes a slot of the arithmetic pipes on Zen 4, one in the operand of the
+// subtraction takes none: 59 against 40 G differences/s squared and summed. Compilers prefer the first; hence the asm.
+HT_INLINE Reg reg_sub_spread(Reg a, const float* b) {
+    Reg out;
+    __asm__("vsubps %2%{1to16%}, %1, %0" : "=v"(out) : "v"(a), "m"(*b));
+    return out;
+}
 HT_INLINE Reg reg_mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
 HT_INLINE Reg reg_div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
 HT_INLINE Reg reg_fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }

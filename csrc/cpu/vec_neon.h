@@ -26,6 +26,7 @@ HT_INLINE void reg_store(float* p, Reg a) { vst1q_f32(p, a); }
 HT_INLINE Reg reg_set(float x) { return vdupq_n_f32(x); }
 HT_INLINE Reg reg_add(Reg a, Reg b) { return vaddq_f32(a, b); }
 HT_INLINE Reg reg_sub(Reg a, Reg b) { return vsubq_f32(a, b); }
+HT_INLINE Reg reg_sub_spread(Reg a, const float* b) { return reg_sub(a, reg_set(*b)); }
 HT_INLINE Reg reg_mul(Reg a, Reg b) { return vmulq_f32(a, b); }
 HT_INLINE Reg reg_div(Reg a, Reg b) { return vdivq_f32(a, b); }
 HT_INLINE Reg reg_fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }

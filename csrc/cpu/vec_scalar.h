@@ -28,6 +28,7 @@ HT_INLINE void reg_store(float* p, Reg a) { memcpy(p, &a, sizeof a); }
 HT_INLINE Reg reg_set(float x) { return Reg{x, x, x, x}; }
 HT_INLINE Reg reg_add(Reg a, Reg b) { return a + b; }
 HT_INLINE Reg reg_sub(Reg a, Reg b) { return a - b; }
+HT_INLINE Reg reg_sub_spread(Reg a, const float* b) { return reg_sub(a, reg_set(*b)); }
 HT_INLINE Reg reg_mul(Reg a, Reg b) { return a * b; }
 HT_INLINE Reg reg_div(Reg a, Reg b) { return a / b; }
 HT_INLINE Reg reg_fma(Reg a, Reg b, Reg c) { return a * b + c; }
