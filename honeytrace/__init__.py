@@ -10,23 +10,56 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from honeytrace import data as data
     from honeytrace import doctor as doctor
+    from honeytrace import extraction as extraction
+    from honeytrace import models as models
     from honeytrace import ops as ops
+    from honeytrace import training as training
     from honeytrace.ops import reference as reference
     from honeytrace.ops.rule import WatermarkRule as WatermarkRule
+    from honeytrace.ownership.verdict import Verdict as Verdict
+    from honeytrace.ownership.verify import verify as verify
+    from honeytrace.watermark.calibration import calibrate as calibrate
+    from honeytrace.watermark.key import SecretKey as SecretKey
+    from honeytrace.watermark.watermark import Watermark as Watermark
 
 __version__ = "0.1.0"
 
 # Public name -> (module, attribute in it); an attribute of None means the module itself. A new public name is
 # one line here and one line under TYPE_CHECKING above.
 _LAZY: dict[str, tuple[str, str | None]] = {
+    "SecretKey": ("honeytrace.watermark.key", "SecretKey"),
+    "Verdict": ("honeytrace.ownership.verdict", "Verdict"),
+    "Watermark": ("honeytrace.watermark.watermark", "Watermark"),
     "WatermarkRule": ("honeytrace.ops.rule", "WatermarkRule"),
+    "calibrate": ("honeytrace.watermark.calibration", "calibrate"),
+    "data": ("honeytrace.data", None),
     "doctor": ("honeytrace.doctor", None),
+    "extraction": ("honeytrace.extraction", None),
+    "models": ("honeytrace.models", None),
     "ops": ("honeytrace.ops", None),
     "reference": ("honeytrace.ops.reference", None),
+    "training": ("honeytrace.training", None),
+    "verify": ("honeytrace.ownership.verify", "verify"),
 }
 
-__all__ = ["WatermarkRule", "__version__", "doctor", "ops", "reference"]
+__all__ = [
+    "SecretKey",
+    "Verdict",
+    "Watermark",
+    "WatermarkRule",
+    "__version__",
+    "calibrate",
+    "data",
+    "doctor",
+    "extraction",
+    "models",
+    "ops",
+    "reference",
+    "training",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
