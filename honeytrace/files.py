@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
 
 
-def write_private(path: str | os.PathLike[str], content: bytes, *, overwrite: bool) -> None:
+def write_private(path: str | os.PathLike[str], content: bytes | memoryview, *, overwrite: bool) -> None:
     """Write a file with mode 0600, whole or not at all.
+
+    Give secret content as a memoryview: its repr shows nothing, so that a crash report that lists local
+    variables does not either.
 
     Raises:
         FileExistsError: the name is taken and overwrite is False.
@@ -16,7 +20,7 @@ def write_private(path: str | os.PathLike[str], content: bytes, *, overwrite: bo
     """
     path = Path(path)
     # mkstemp creates with mode 0600, so the content is at no moment readable by others.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".honeytrace-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -28,5 +32,6 @@ def write_private(path: str | os.PathLike[str], content: bytes, *, overwrite: bo
             os.link(temporary, path)  # fails if the name is taken, also by somebody else a moment ago
             os.unlink(temporary)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # it may have got its name already
+            os.unlink(temporary)
         raise

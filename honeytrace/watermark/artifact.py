@@ -16,8 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from honeytrace.files import write_private
-
 FORMAT = "honeytrace-watermark"
 VERSION = 1
 
@@ -26,19 +24,18 @@ class ArtifactError(ValueError):
     """The file is not a watermark this version can read: damaged, foreign, or of another version."""
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
-    """Write tensors and JSON-able fields, whole or not at all, mode 0600.
-
-    Raises:
-        OSError: it cannot be written; an older file of that name is untouched then.
-    """
+def encode(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> memoryview:
+    """The file's bytes, to be written with `honeytrace.files.write_private`."""
     metadata = {"format": FORMAT, "version": str(VERSION), "fields": json.dumps(fields, sort_keys=True)}
-    content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
-    write_private(path, content, overwrite=True)
+    # save gives bytes; as a memoryview they show in no crash report that lists local variables.
+    return memoryview(save({name: t.detach().contiguous() for name, t in tensors.items()}, metadata))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and fields of a file that `write` made.
+    """The tensors and fields of a file whose bytes `encode` made.
+
+    An error names the file and the kind of damage, never what the damaged place holds: that may be the flip
+    seed. It is raised where no local variable and no earlier exception holds it either.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -48,20 +45,26 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     if not path.is_file():
         raise FileNotFoundError(f"no watermark file at {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ArtifactError(f"{path} is a safetensors file, but not a Honeytrace watermark")
-            if metadata.get("version") != str(VERSION):
-                raise ArtifactError(
-                    f"{path} has format version {metadata.get('version')!r}; this Honeytrace reads {VERSION}"
-                )
-            fields = json.loads(metadata["fields"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return _decode(path)
+    except ArtifactError as error:
+        message = str(error)
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{path} is damaged or no watermark file: {error}") from error
+        message = f"is damaged or no watermark file ({type(error).__name__})"
+    raise ArtifactError(f"{path} {message}")
+
+
+def _decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ArtifactError("is a safetensors file, but not a Honeytrace watermark")
+        version = metadata.get("version", "")
+        if version != str(VERSION):
+            known = version if version.isdecimal() and len(version) < 10 else "unknown"
+            raise ArtifactError(f"has format version {known}; this Honeytrace reads {VERSION}")
+        fields = json.loads(metadata["fields"])
+        # Copies: what safe_open gives is the file mapped into memory, and changes when the file does.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     if not isinstance(fields, dict):
-        raise ArtifactError(f"{path} is damaged: its fields are no JSON object")
+        raise ArtifactError("is damaged: its fields are no JSON object")
     return tensors, fields

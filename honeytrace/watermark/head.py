@@ -25,7 +25,9 @@ def find_head(model: nn.Module, example: Tensor) -> str:
     Raises:
         ValueError: no linear layer ran, or the last one did not get features [B, D].
     """
-    linears = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears: dict[nn.Module, str] = {
+        module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     ran: list[tuple[str, Any]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -66,10 +68,10 @@ def features_and_logits(model: nn.Module, head: str, batch: Tensor) -> tuple[Ten
     Raises:
         ValueError: the head did not run, or ran on something else than features [B, D] of this batch.
     """
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Any, Any]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append((args[0], output))
+        seen.append((args[0] if args else None, output))
 
     hook = get_head(model, head).register_forward_hook(note)
     try:
@@ -80,10 +82,9 @@ def features_and_logits(model: nn.Module, head: str, batch: Tensor) -> tuple[Ten
     if not seen:
         raise ValueError(f"the head {head!r} did not run in a forward pass of the model")
     features, logits = seen[-1]
-    if features.dim() != 2 or len(features) != len(batch):
-        raise ValueError(
-            f"the head {head!r} must get features [B, D] with B={len(batch)}, got {list(features.shape)}"
-        )
+    if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(batch):
+        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"the head {head!r} must get features [B, D] with B={len(batch)}, got {shape}")
     return features.float(), logits.float()
 
 

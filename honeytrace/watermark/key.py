@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 KEY_BYTES = 32
 _HEADER = b"honeytrace-key-v1\n"
+_FILE_LIMIT = 1024
+"""Bytes read of a key file; a whole one has 83."""
 
 
 class SecretKey:
@@ -60,15 +62,11 @@ class SecretKey:
             ValueError: it is no key file; the message does not show its content.
         """
         path = Path(path)
-        content = path.read_bytes()
-        if os.name == "posix" and path.stat().st_mode & 0o077:
-            raise PermissionError(f"{path} may be read by others than its owner; run: chmod 600 {path}")
-        body = content.removeprefix(_HEADER).strip()
-        try:
-            secret = bytes.fromhex(body.decode("ascii"))
-        except ValueError:
-            secret = b""
-        if not content.startswith(_HEADER) or len(secret) != KEY_BYTES:
+        with path.open("rb") as file:
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
+                raise PermissionError(f"{path} may be read by others than its owner; run: chmod 600 {path}")
+            secret = _parse(file.read(_FILE_LIMIT))
+        if secret is None:
             raise ValueError(f"{path} is not a Honeytrace key file")
         return cls(secret)
 
@@ -79,9 +77,10 @@ class SecretKey:
             FileExistsError: the file exists and overwrite is False: a lost key is a lost claim.
             OSError: it cannot be written.
         """
-        content = _HEADER + self._secret.hex().encode("ascii") + b"\n"
         try:
-            write_private(path, content, overwrite=overwrite)
+            write_private(
+                path, memoryview(_HEADER + self._secret.hex().encode("ascii") + b"\n"), overwrite=overwrite
+            )
         except FileExistsError:
             raise FileExistsError(
                 f"{path} exists; a lost key is a lost claim, so it is not overwritten"
@@ -115,6 +114,17 @@ class SecretKey:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a SecretKey is not pickled or copied; use save and load")
+
+
+def _parse(content: bytes) -> bytes | None:
+    """The 32 bytes in a key file's content; None if it is none. No exception leaves here: its frame holds the key."""
+    if not content.startswith(_HEADER):
+        return None
+    try:
+        secret = bytes.fromhex(content.removeprefix(_HEADER).strip().decode("ascii"))
+    except ValueError:
+        return None
+    return secret if len(secret) == KEY_BYTES else None
 
 
 class KeyStream:

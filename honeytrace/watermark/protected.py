@@ -1,9 +1,9 @@
 """The protected model: the same module, whose head's answer passes through the watermark.
 
-`protect` copies the modules on the way from the model to its head (their weights are shared, nothing is cloned) and
-hangs the watermark on the copied head as a forward hook. So the protected model is of the model's own class, takes
-the same call, gives the same kind of output (tensor, tuple, output object), has the same state_dict, and the bare
-model stays as it was. Bank, targets and seed live in the hook: not among parameters and buffers, in no repr.
+`protect` copies the modules (their weights are shared, nothing is cloned) and hangs the watermark on the copied
+head as a forward hook. So the protected model is of the model's own class, takes the same call, gives the same
+kind of output (tensor, tuple, output object), has the same state_dict, and the bare model stays as it was. Bank,
+targets and seed live in the hook: not among parameters and buffers, in no repr.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class AnswerHook:
 
     Args:
         bank, target_logits [G, C], planes [P, D], rule, seed: as `honeytrace.ops.watermark` takes them.
-        answers: "logits" (as the model gives them), "probabilities" (softmax of them) or "labels" (the logits are
-            replaced by one-hot rows of the most probable class: an argmax and a softmax behind the head still work).
+        answers: "logits" (as the model gives them), "probabilities" (softmax of them) or "labels" (the logits
+            are replaced by one-hot rows of the most probable class: an argmax and a softmax behind the head still
+            work).
 
     Raises:
         ValueError: answers is none of the three words.
@@ -57,8 +58,8 @@ class AnswerHook:
         features = args[0]
         bank, target_logits, planes = self._at(features.device)
         if output.dtype == torch.float64:
-            # The kernels work in float32. A row whose similarity is 0 must come back bit for bit, so the difference
-            # is added in float64 rather than the whole answer rounded.
+            # The kernels work in float32. A row whose similarity is 0 must come back bit for bit, so only the
+            # bent rows are taken from them.
             single = output.float()
             marked = watermark(
                 features.float(), single, bank, target_logits, planes, rule=self._rule, seed=self._seed
@@ -79,7 +80,9 @@ class AnswerHook:
         held = self._on.get(device)
         if held is None:
             bank, target_logits, planes = self._on[self._home]
-            held = bank.to(device), target_logits.to(device), planes.to(device)
+            # The first call on a device may come in inference mode, and a later one want gradients.
+            with torch.inference_mode(False):
+                held = bank.to(device), target_logits.to(device), planes.to(device)
             self._on[device] = held
         return held
 
@@ -100,7 +103,7 @@ def protect(model: M, head: str, hook: AnswerHook, features: int, classes: int) 
     """`model` with `hook` on its head; see the module's docstring.
 
     Raises:
-        TypeError: model is no `nn.Module`, or a compiled or scripted one.
+        TypeError: model is no `nn.Module`, a compiled or scripted one, or one that cannot be copied.
         ValueError: the head is missing, or its sizes are not those the watermark was calibrated on.
     """
     if not isinstance(model, nn.Module):
@@ -110,28 +113,33 @@ def protect(model: M, head: str, hook: AnswerHook, features: int, classes: int) 
     linear = get_head(model, head)
     if (linear.in_features, linear.out_features) != (features, classes):
         raise ValueError(
-            f"the head {head!r} must have {features} features and {classes} classes, as the calibrated model had, "
-            f"got {linear.in_features} and {linear.out_features}"
+            f"the head {head!r} must have {features} features and {classes} classes, as the calibrated model "
+            f"had, got {linear.in_features} and {linear.out_features}"
         )
-    if any(isinstance(h, AnswerHook) for h in linear._forward_hooks.values()):
+    if any(isinstance(h, AnswerHook) for part in model.modules() for h in part._forward_hooks.values()):
         raise ValueError("model is protected already; protect the bare model")
-    twin = _shallow(model)
-    parent = twin
-    for part in head.split(".") if head else []:
-        child = _shallow(parent._modules[part])
-        parent._modules[part] = child
-        parent = child
-    parent.register_forward_hook(hook)
+    twin = _twin(model)
+    get_head(twin, head).register_forward_hook(hook)
     return twin
 
 
-def _shallow(module: M | None) -> M:
-    """The module with dictionaries of its own for children and hooks, and the very same parameters and buffers."""
-    assert module is not None  # get_head has walked this path
-    twin = copy.copy(module)
-    for name, value in vars(module).items():
-        # Children, and whatever keeps hooks, get their own dictionary; parameters and buffers stay shared, so that
-        # loading weights into the one is seen by the other.
-        if isinstance(value, dict) and (name == "_modules" or "hook" in name):
-            twin.__dict__[name] = copy.copy(value)
-    return twin
+def _twin(model: M) -> M:
+    """A copy of all modules with the very same parameters and buffers.
+
+    All modules and not only those on the way to the head: a forward pass may reach the head by a second name, a
+    list or a bound method, and each of these must lead to the copy, or the answer would leave unmarked.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        # The dictionaries themselves, so that what .to() or load_state_dict does to the one is seen by the other.
+        for held in (module._parameters, module._buffers):
+            memo[id(held)] = held
+            memo.update((id(tensor), tensor) for tensor in held.values() if tensor is not None)
+        memo.update((id(value), value) for value in vars(module).values() if isinstance(value, Tensor))
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise TypeError(
+            f"model must be copyable with copy.deepcopy (its tensors excepted), but {type(model).__name__} is "
+            f"not: {error}"
+        ) from error

@@ -6,7 +6,7 @@ import dataclasses
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from honeytrace.ownership.power import plan, smallest_p_value
 from honeytrace.watermark.groups import Family, Mark
@@ -83,9 +83,27 @@ class Summary:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Summary:
-        """What `to_dict` gave. Raises TypeError for other fields."""
+        """What `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: other fields, or values that are no finite numbers or unknown words.
+        """
         groups = tuple(GroupSummary(**group) for group in fields["groups"])
-        return cls(**{**fields, "groups": groups})
+        summary = cls(**{**fields, "groups": groups})
+        parts: tuple[Summary | GroupSummary, ...] = (summary, *groups)
+        for part in parts:
+            for entry in dataclasses.fields(part):
+                value = getattr(part, entry.name)
+                if entry.type in ("float", "int"):
+                    number = type(value) is int or (entry.type == "float" and type(value) is float)
+                    if not number or not -1e9 <= value <= 1e9:
+                        raise ValueError(f"{entry.name} must be a finite number of type {entry.type}")
+        for group in groups:
+            if group.family not in get_args(Family) or group.mark not in get_args(Mark):
+                raise ValueError("family and mark must be known words")
+            if group.candidates < 1 or group.triggers < 1:
+                raise ValueError("candidates and triggers must be at least 1")
+        return summary
 
     def warnings(self, alpha: float = 1e-3) -> list[str]:
         """What this watermark cannot promise, in words; empty when there is nothing to warn of."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Any, TypeVar
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 
+from honeytrace.files import write_private
 from honeytrace.ops import Bank, WatermarkOutput
 from honeytrace.ops import watermark as watermark_op
 from honeytrace.ops.rule import WatermarkRule
 from honeytrace.watermark import artifact
 from honeytrace.watermark.artifact import ArtifactError
-from honeytrace.watermark.groups import TriggerGroup, draw_target
+from honeytrace.watermark.groups import Family, Mark, TriggerGroup, draw_target
 from honeytrace.watermark.key import SecretKey
 from honeytrace.watermark.protected import AnswerHook, Answers, protect
 from honeytrace.watermark.summary import Summary
@@ -72,16 +75,19 @@ class Watermark:
     def protect(self, model: M, *, answers: Answers = "logits") -> M:
         """The model with the watermark on its answers.
 
-        The result is of the model's own class, takes the same call and gives the same kind of output; weights are
-        shared with `model`, which stays unprotected. Gradients, devices, dtypes, train/eval and state_dict are the
-        model's own.
+        The result is of the model's own class, takes the same call and gives the same kind of output. Parameters
+        and buffers are shared with `model`, which stays unprotected: loading weights into the one, training it or
+        moving it to another device or dtype does the same to the other. train() and eval() are its own.
+
+        Other state of the modules is copied as `copy.deepcopy` does. A forward pass that reaches the head through
+        a closure over the bare model is not seen, and would give unmarked answers.
 
         Args:
             model: the calibrated classifier, or one of the same head.
             answers: what comes out of the head: "logits" (default), "probabilities", or "labels" (one-hot rows).
 
         Raises:
-            TypeError: model is no plain `nn.Module`.
+            TypeError: model is no plain `nn.Module`, or cannot be copied.
             ValueError: its head is missing or of another size; answers is unknown; it is protected already.
         """
         hook = AnswerHook(self._bank, self._target_logits, self._planes, self.rule, self._seed, answers)
@@ -150,8 +156,12 @@ class Watermark:
         """Write one safetensors file (mode 0600), whole or not at all. Keep it as secret as the key.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written; an older file of that name is untouched then.
         """
+        write_private(path, artifact.encode(*self._plain()), overwrite=True)
+
+    def _plain(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything, as tensors and JSON values."""
         tensors = {
             "bank": self._bank.rows,
             "target_logits": self._target_logits,
@@ -178,7 +188,7 @@ class Watermark:
                 for group in self.groups
             ],
         }
-        artifact.write(path, tensors, fields)
+        return tensors, fields
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Watermark:
@@ -188,53 +198,77 @@ class Watermark:
             FileNotFoundError: there is no such file.
             ArtifactError: it is damaged, foreign, or of another format version.
         """
-        tensors, fields = artifact.read(path)
         try:
-            groups = [
-                TriggerGroup(
-                    family=group["family"],
-                    mark=group["mark"],
-                    sources=(int(group["sources"][0]), int(group["sources"][1])),
-                    candidates=tuple(int(c) for c in group["candidates"]),
-                    target=int(group["target"]),
-                    triggers=tensors[f"triggers.{g}"],
-                    reference_log_probs=tensors[f"reference_log_probs.{g}"],
-                )
-                for g, group in enumerate(fields["groups"])
-            ]
-            watermark = cls(
-                rule=WatermarkRule.from_dict(fields["rule"]),
-                bank=Bank(tensors["bank"]),
-                target_logits=tensors["target_logits"],
-                planes=tensors["planes"],
-                seed=int(fields["seed"], 16),
-                groups=groups,
-                head=str(fields["head"]),
-                key_identifier=str(fields["key_identifier"]),
-                summary=Summary.from_dict(fields["summary"]),
+            return cls._of(*artifact.read(path))
+        except ArtifactError:
+            raise
+        except _Damage as error:
+            message = str(error)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            # Not its text: that may quote what the damaged place holds, and it may hold the flip seed.
+            message = f"a field is missing or of a wrong kind ({type(error).__name__})"
+        raise ArtifactError(f"{path} is damaged: {message}")
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Watermark:
+        """What `_plain` gave. Raises exceptions of many kinds for anything else."""
+        groups = [
+            TriggerGroup(
+                family=group["family"],
+                mark=group["mark"],
+                sources=_pair(_integers(group["sources"])),
+                candidates=_integers(group["candidates"]),
+                target=_integers([group["target"]])[0],
+                triggers=tensors[f"triggers.{g}"],
+                reference_log_probs=tensors[f"reference_log_probs.{g}"],
             )
-            watermark._check()
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+            for g, group in enumerate(fields["groups"])
+        ]
+        for name in ("seed", "head", "key_identifier"):
+            _must(isinstance(fields[name], str), f"{name} is no text")
+        for name, digits in (("seed", 16), ("key_identifier", 32)):
+            hexadecimal = re.fullmatch(f"[0-9a-f]{{{digits}}}", fields[name])
+            _must(hexadecimal, f"{name} must have {digits} hexadecimal digits")
+        watermark = cls(
+            rule=WatermarkRule.from_dict(fields["rule"]),
+            bank=Bank(tensors["bank"]),
+            target_logits=tensors["target_logits"],
+            planes=tensors["planes"],
+            seed=int(fields["seed"], 16),
+            groups=groups,
+            head=fields["head"],
+            key_identifier=fields["key_identifier"],
+            summary=Summary.from_dict(fields["summary"]),
+        )
+        watermark._check()
         return watermark
 
     def _check(self) -> None:
-        """ValueError where the parts do not fit each other: then a file was damaged or made up."""
-        count = self._bank.groups
+        """Raise _Damage where the parts do not suit the ops and `verify`, or do not fit each other."""
+        count, classes = self._bank.groups, self.num_classes
         self.rule.check_groups(count)
-        if len(self.groups) != count or self._target_logits.shape != (count, self.num_classes):
-            raise ValueError(f"bank, targets and groups must speak of the same {count} groups")
-        if self._planes.shape != (len(self._planes), self._bank.features):
-            raise ValueError("planes must have as many features as the bank")
-        if not (self._target_logits.isfinite().all() and self._planes.isfinite().all()):
-            raise ValueError("target logits and planes must be finite")
+        _must(self.rule.k <= self._bank.size, "k is larger than the bank")
+        _must(len(self.groups) == count, f"bank and groups must speak of the same {count} groups")
+        _check_numbers("target_logits", self._target_logits, (count, classes))
+        _must(1 <= len(self._planes) <= 64, "planes must be 1 to 64")
+        _check_numbers("planes", self._planes, (len(self._planes), self._bank.features))
         for group in self.groups:
-            if group.target not in group.candidates or not all(
-                0 <= c < self.num_classes for c in (*group.candidates, *group.sources)
-            ):
-                raise ValueError("a group's classes are no classes of the model")
-            if group.reference_log_probs.shape != (len(group.triggers), self.num_classes):
-                raise ValueError("a group's reference answers do not fit its triggers")
+            known = group.family in get_args(Family) and group.mark in get_args(Mark)
+            _must(known, "a group of unknown kind")
+            named = (*group.candidates, *group.sources)
+            _must(all(0 <= c < classes for c in named), "a group's classes are no classes of the model")
+            _must(
+                list(group.candidates) == sorted(set(group.candidates) - set(group.sources)),
+                "a group's candidates must be ascending and none of its sources",
+            )
+            _must(group.target in group.candidates, "a group's target must be one of its candidates")
+            shape = self.groups[0].triggers.shape[1:]
+            _must(len(group.triggers) > 0 and len(shape) > 0, "a group has no triggers")
+            _check_numbers("triggers", group.triggers, (len(group.triggers), *shape))
+            _check_numbers("reference_log_probs", group.reference_log_probs, (len(group.triggers), classes))
+        told = [(g.family, g.mark, g.candidates, g.triggers) for g in self.summary.groups]
+        held = [(g.family, g.mark, len(g.candidates), len(g.triggers)) for g in self.groups]
+        _must(not told or told == held, "the summary speaks of other groups")
 
     def __repr__(self) -> str:
         flips = sum(group.mark == "flip" for group in self.groups)
@@ -242,3 +276,28 @@ class Watermark:
             f"Watermark(graded_groups={len(self.groups) - flips}, flip_groups={flips}, "
             f"classes={self.num_classes}, key={self.key_identifier[:8]}...)"
         )
+
+
+class _Damage(ValueError):
+    """What is wrong with a file, in words that may be shown."""
+
+
+def _must(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise _Damage(otherwise)
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    _must(isinstance(values, list) and all(type(value) is int for value in values), "a class is no number")
+    return tuple(values)
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    _must(len(values) == 2, "a group must have two sources")
+    return values[0], values[1]
+
+
+def _check_numbers(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    _must(tensor.dtype == torch.float32, f"{name} must be float32")
+    _must(tuple(tensor.shape) == shape, f"{name} must have shape {list(shape)}")
+    _must(tensor.isfinite().all(), f"{name} must be finite")
