@@ -29,7 +29,7 @@ def digest(*tensors: Tensor) -> str:
     for tensor in tensors:
         array = tensor.detach().cpu().contiguous().numpy()
         found.update(f"{array.dtype.str} {array.shape}\n".encode("ascii"))
-        found.update(memoryview(array.reshape(-1)).cast("B"))
+        found.update(array.tobytes())
     return found.hexdigest()
 
 
@@ -73,7 +73,10 @@ class ModelCache:
         if self.directory is None:
             return train().eval()
         described = json.dumps([name, honeytrace.__version__, dict(settings)], sort_keys=True)
-        file = self.directory / f"{name}-{hashlib.sha256(described.encode('utf-8')).hexdigest()[:32]}.safetensors"
+        file = (
+            self.directory
+            / f"{name}-{hashlib.sha256(described.encode('utf-8')).hexdigest()[:32]}.safetensors"
+        )
         if file.is_file():
             try:
                 model = factory()

@@ -34,7 +34,7 @@ DATA_NAMES: tuple[DataName, ...] = ("digits", "fashion")
 LATENCY_BATCHES = (1, 32, 256)
 _LATENCY_ROUNDS = 31
 _LATENCY_SECONDS = 0.01
-"""One timing repeats the call until it lasts about this long: the clock and the scheduler are coarser than a call."""
+"""One timing repeats the call for about this long: clock and scheduler are coarser than a call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Settings:
 
     Attributes:
         side: height and width of an image, in pixels.
-        kept_back: share of the owner's images that the victim is not trained on and accuracy is measured with.
+        kept_back: share of the owner's images that the victim is not trained on, to measure accuracy with.
         max_accuracy_drop: the budget of the calibration, a share of answers.
         victim_epochs, reference_epochs, copy_epochs, independent_epochs: of each training.
     """
@@ -138,8 +138,8 @@ class DemoResult:
         data, seed, alpha, threads: as asked for.
         key_identifier: names the key.
         summary: what calibration chose.
-        accuracy_bare, accuracy_graded, accuracy_protected: on the test images; without the watermark, with the
-            graded mark alone, with all marks.
+        accuracy_bare, accuracy_graded, accuracy_protected: on the test images; without the watermark, with
+            the graded mark alone, with all marks.
         reference_probability: mean probability that the owner's unmarked reference gives the targets on all
             triggers: what the suspects' `target_probability` is to be compared with.
         suspects, latency: one entry a row.
@@ -206,7 +206,7 @@ def run(
         directory: where Fashion-MNIST lies, for "fashion" only; default: where Debian's package puts it.
         alpha: false-claim probability, in (0, 1).
         seed: fixes the division of the data, all trainings and all queries; 0 to 2**32 - 1.
-        key: the owner's. Default: a fresh one. With a cache a run that was killed is resumed with its own key.
+        key: the owner's. Default: a fresh one; with a cache, a run that was killed is resumed with its own.
         cache: directory for trained models. Default: nothing is kept.
         threads: of PyTorch, during the run. Default 1: these trainings are small, and on a machine that has
             other work to do a second thread mostly waits.
@@ -255,7 +255,9 @@ class _Road:
         kept = int(settings.kept_back * len(splits.train.labels))
         owned = len(splits.train.labels) - kept
         self.owned = data.Split(splits.train.inputs[:owned], splits.train.labels[:owned])
-        self.validation = data.Split(splits.train.inputs[owned:], splits.train.labels[owned:]) if kept else None
+        self.validation = (
+            data.Split(splits.train.inputs[owned:], splits.train.labels[owned:]) if kept else None
+        )
         self.data_digest = digest(*splits.train, *splits.pool, *splits.test)
 
     def walk(self, name: DataName) -> DemoResult:
@@ -370,7 +372,7 @@ class _Road:
     def _strangers(
         self, victim: nn.Module, protected: nn.Module, watermark: Watermark
     ) -> tuple[list[SuspectResult], tuple[str, ...]]:
-        """The attacker who has no clothes and asks about digits. Reported as it comes: nothing is promised."""
+        """The attacker who has no clothes and asks about digits. Reported as it comes: nothing promised."""
         try:
             pool = data.mnist_digits().inputs
         except data.MissingDataset as missing:
@@ -403,7 +405,7 @@ class _Road:
         labels: Literal["soft", "top1"] = "soft",
         drop_worst: float = 0.0,
     ) -> nn.Module:
-        """A copy of `asked` by random queries; `mark` is the watermark on its answers, for the cache's sake."""
+        """A copy of `asked` by random queries; `mark` is the watermark on its answers, for the cache."""
         queries = self.splits.pool.inputs if pool is None else pool
         passes = self.settings.copy_epochs if epochs is None else epochs
         seed = self._seed(number)
@@ -461,7 +463,12 @@ class _Road:
     def _kept(
         self, name: str, factory: Callable[[], nn.Module], train: Callable[[], nn.Module], **settings: Any
     ) -> nn.Module:
-        everything = {**settings, "data": self.data_digest, "side": self.settings.side, "torch": torch.__version__}
+        everything = {
+            **settings,
+            "data": self.data_digest,
+            "side": self.settings.side,
+            "torch": torch.__version__,
+        }
         return self.cache.model(name, factory, everything, train)
 
     def _seed(self, number: int) -> int:
@@ -532,7 +539,7 @@ def _success(model: nn.Module, watermark: Watermark) -> tuple[float | None, floa
 
 
 def _mark_digest(watermark: Watermark) -> str:
-    """Names a watermark for the cache. One-way: rule, key's name, and all triggers and targets go in together."""
+    """Names a watermark for the cache. One-way: rule, key's name, all triggers and targets go in together."""
     described = json.dumps([watermark.rule.to_dict(), watermark.key_identifier], sort_keys=True)
     tensors = [torch.tensor(list(described.encode("utf-8")), dtype=torch.uint8)]
     for group in watermark.groups:

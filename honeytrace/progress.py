@@ -5,14 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-Report: TypeAlias = Callable[[int, int, str], None]
-"""`honeytrace.training.Progress` without its import: (steps done, steps in all, where the work stands)."""
+
+class Report(Protocol):
+    """`honeytrace.training.Progress`, without the import of torch."""
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        """`done` of `total` steps are over; `text` says in a few words where the work stands."""
+
 
 Stage: TypeAlias = Callable[[str], AbstractContextManager[Report]]
 """`with stage("training the victim") as report:` does one piece of work and tells `report` how far it is."""
@@ -21,14 +26,14 @@ Stage: TypeAlias = Callable[[str], AbstractContextManager[Report]]
 @contextmanager
 def silent(text: str) -> Iterator[Report]:
     """The stage that shows nothing."""
-    yield lambda done, total, detail: None
+    yield lambda done, total, text: None
 
 
 class Stages:
     """Stages on a console. A context manager; call it inside to open a stage.
 
-    On a terminal every stage is a bar that stays when it is over. Elsewhere (a log, a pipe) every stage is one
-    line with the seconds it took, written when it is over.
+    On a terminal every stage is a bar that stays when it is over. Elsewhere (a log, a pipe) every stage is
+    one line with the seconds it took, written when it is over.
 
     Args:
         console: where to write; the commands give the one of standard error, so that standard output holds
@@ -59,8 +64,8 @@ class Stages:
         began = time.perf_counter()
         task = self._bars.add_task(text, total=None, detail="")
 
-        def report(done: int, total: int, detail: str) -> None:
-            self._bars.update(task, completed=done, total=total, detail=detail)
+        def report(done: int, total: int, text: str) -> None:
+            self._bars.update(task, completed=done, total=total, detail=text)
 
         yield report
         # What was announced is done, whether or not somebody counted its steps.
