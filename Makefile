@@ -1,0 +1,70 @@
+# make demo and make test do everything on a fresh machine that has Python 3.10 or newer, a C++17 compiler and a
+# package registry. `make install` is their common first step; a second call costs nothing, until something that the
+# compiled core or the dependencies are made of has changed.
+
+SHELL := /bin/sh
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.honeytrace-installed
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -name '*.o')
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Each test process works on one thread: several processes with several threads each would fight over the cores.
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+TEST_PROCESSES ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help install demo test lint bench test-gpu bench-gpu clean
+
+help:
+	@echo "make demo       protect a classifier, steal it, prove the theft (installs first)"
+	@echo "make test       all tests that need no GPU (installs first)"
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make bench      time the kernels against others"
+	@echo "make test-gpu   the tests that need a GPU"
+	@echo "make bench-gpu  the benches that need a GPU"
+	@echo "make install    virtual environment in $(VENV), compiled core, all dependencies"
+	@echo "make clean      remove what was built and installed"
+
+install: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	@test -n "$(PYTHON)" || { echo "no python3.11 and no python3 found; say where: make PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/honeytrace demo
+
+# Speed ratios first and alone: a second test process beside them would be in the picture.
+test: install
+	$(PYTEST) -q -m "perf and not gpu" || test $$? -eq 5
+	$(PYTEST) -q -n $(TEST_PROCESSES) -m "not perf and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+bench: install
+	@found=0; for file in bench/bench_*.py; do test -e "$$file" || continue; found=1; \
+		echo "== $$file"; $(BIN)/python "$$file" || exit 1; done; \
+	test $$found -eq 1 || { echo "there are no benches in bench/" >&2; exit 1; }
+
+test-gpu: install gpu-there
+	$(BIN)/python -m pytest -q -m gpu
+
+bench-gpu: install gpu-there
+	@found=0; for file in bench/gpu_*.py; do test -e "$$file" || continue; found=1; \
+		echo "== $$file"; $(BIN)/python "$$file" || exit 1; done; \
+	test $$found -eq 1 || { echo "there are no GPU benches in bench/" >&2; exit 1; }
+
+.PHONY: gpu-there
+gpu-there: install
+	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU that torch can use: nothing was run')"
+
+clean:
+	rm -rf $(VENV) build dist honeytrace/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
