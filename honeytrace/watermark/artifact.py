@@ -1,7 +1,8 @@
 """The watermark on disk: one safetensors file. Loading it runs no code and trusts nothing in it.
 
-Tensors are stored as safetensors stores them; everything else is one JSON text in the header's metadata. The file
-holds the trigger bank, the triggers and the flip seed: keep it as secret as the key (it is written with mode 0600).
+Tensors are stored as safetensors stores them; everything else is one JSON text in the header's metadata. The
+file holds the trigger bank, the triggers and the flip seed: keep it as secret as the key (it is written with
+mode 0600).
 """
 
 from __future__ import annotations

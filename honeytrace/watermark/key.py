@@ -1,9 +1,9 @@
 """The owner's secret key and everything that is drawn from it.
 
-One key of 32 bytes; each use draws from its own stream: HKDF-SHA256 (RFC 5869) gives the stream's key from the secret
-and a purpose, ChaCha20 (RFC 8439) gives its bytes. Whoever sees one stream learns nothing about another, and the
-draws are the same on every machine and with every version of NumPy and PyTorch, whose generators promise no such
-thing.
+One key of 32 bytes; each use draws from its own stream: HKDF-SHA256 (RFC 5869) gives the stream's key from
+the secret and a purpose, ChaCha20 (RFC 8439) gives its bytes. Whoever sees one stream learns nothing about
+another, and the draws are the same on every machine and with every version of NumPy and PyTorch, whose
+generators promise no such thing.
 """
 
 from __future__ import annotations
@@ -117,7 +117,10 @@ class SecretKey:
 
 
 def _parse(content: bytes) -> bytes | None:
-    """The 32 bytes in a key file's content; None if it is none. No exception leaves here: its frame holds the key."""
+    """The 32 bytes in a key file's content; None if it is none.
+
+    No exception leaves here: the frame holds the key.
+    """
     if not content.startswith(_HEADER):
         return None
     try:

@@ -1,8 +1,8 @@
 """How two samples are put together into one: masks for `honeytrace.ops.compose`, drawn from the key.
 
-A mask says for every position which share comes from the second sample. Families follow the combiners of Composite
-Backdoor Attack (Lin et al., CCS 2020, section 4.1), MEA-Defender (arXiv 2401.15239, section IV-B) and the composite
-bank of Neural Honeytrace (arXiv 2501.09328, section 4).
+A mask says for every position which share comes from the second sample. Families follow the combiners of
+Composite Backdoor Attack (Lin et al., CCS 2020, section 4.1), MEA-Defender (arXiv 2401.15239, section IV-B)
+and the composite bank of Neural Honeytrace (arXiv 2501.09328, section 4).
 """
 
 from __future__ import annotations
@@ -86,13 +86,11 @@ class Mask:
 
 
 def draw_mask(stream: KeyStream, shape: Sequence[int]) -> Mask:
-    """A mask for samples of this shape: family and geometry uniform over a small grid, from the key's stream."""
+    """A mask for samples of this shape: family and geometry uniform over a small grid, from the stream."""
     family = stream.choice(PLANE_FAMILIES if len(shape) > 1 else LINE_FAMILIES)
     flag = float(stream.below(2))
     numbers: tuple[float, ...]
-    if family == "quadrant":
-        numbers = (flag, float(stream.below(2)))
-    elif family == "half":
+    if family in ("quadrant", "half"):
         numbers = (flag, float(stream.below(2)))
     elif family == "stripes":
         numbers = (flag, stream.choice((1 / 14, 1 / 7, 1 / 4)))

@@ -1,9 +1,9 @@
 """The protected model: the same module, whose head's answer passes through the watermark.
 
-`protect` copies the modules (their weights are shared, nothing is cloned) and hangs the watermark on the copied
-head as a forward hook. So the protected model is of the model's own class, takes the same call, gives the same
-kind of output (tensor, tuple, output object), has the same state_dict, and the bare model stays as it was. Bank,
-targets and seed live in the hook: not among parameters and buffers, in no repr.
+`protect` copies the modules (their weights are shared, nothing is cloned) and hangs the watermark on the
+copied head as a forward hook. So the protected model is of the model's own class, takes the same call, gives
+the same kind of output (tensor, tuple, output object), has the same state_dict, and the bare model stays as
+it was. Bank, targets and seed live in the hook: not among parameters and buffers, in no repr.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ ANSWERS: tuple[Answers, ...] = ("logits", "probabilities", "labels")
 
 M = TypeVar("M", bound=nn.Module)
 
+_NO_PICKLE = (
+    "a protected model is not pickled, for the pickle would hold the trigger bank; "
+    "load the watermark's file where it is needed and call protect there"
+)
+
 
 class AnswerHook:
     """Forward hook of the head: (features, logits) -> the marked answer.
@@ -30,8 +35,8 @@ class AnswerHook:
     Args:
         bank, target_logits [G, C], planes [P, D], rule, seed: as `honeytrace.ops.watermark` takes them.
         answers: "logits" (as the model gives them), "probabilities" (softmax of them) or "labels" (the logits
-            are replaced by one-hot rows of the most probable class: an argmax and a softmax behind the head still
-            work).
+            are replaced by one-hot rows of the most probable class: an argmax and a softmax behind the head
+            still work).
 
     Raises:
         ValueError: answers is none of the three words.
@@ -93,10 +98,7 @@ class AnswerHook:
         return self  # it holds no state of its own: a copy of the model may share it
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a protected model is not pickled, for the pickle would hold the trigger bank; "
-            "load the watermark's file where it is needed and call protect there"
-        )
+        raise TypeError(_NO_PICKLE)
 
 
 def protect(model: M, head: str, hook: AnswerHook, features: int, classes: int) -> M:
@@ -119,19 +121,43 @@ def protect(model: M, head: str, hook: AnswerHook, features: int, classes: int) 
     if any(isinstance(h, AnswerHook) for part in model.modules() for h in part._forward_hooks.values()):
         raise ValueError("model is protected already; protect the bare model")
     twin = _twin(model)
-    get_head(twin, head).register_forward_hook(hook)
+    marked = get_head(twin, head)
+    marked.register_forward_hook(hook)
+    marked.__class__ = _own_class(type(marked))
     return twin
+
+
+def _own_class(kind: type[nn.Linear]) -> type[nn.Linear]:
+    """A subclass of the head's class that no other module has.
+
+    torch.compile finds a compiled graph again by the classes of the modules and does not look at their hooks
+    (torch._dynamo.config.skip_nnmodule_hook_guards). Were the class the same, a protected model would run the
+    graph that was compiled for the bare one, and answer unmarked; or the graph of another watermark.
+    """
+
+    def deepcopy(self: nn.Linear, memo: dict[int, Any]) -> nn.Linear:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def reduce_ex(self: nn.Linear, protocol: int) -> NoReturn:
+        raise TypeError(_NO_PICKLE)
+
+    # Names as the class it stands for, so that the model's repr stays what it was.
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**names, "__deepcopy__": deepcopy, "__reduce_ex__": reduce_ex})
 
 
 def _twin(model: M) -> M:
     """A copy of all modules with the very same parameters and buffers.
 
-    All modules and not only those on the way to the head: a forward pass may reach the head by a second name, a
-    list or a bound method, and each of these must lead to the copy, or the answer would leave unmarked.
+    All modules and not only those on the way to the head: a forward pass may reach the head by a second name,
+    a list or a bound method, and each of these must lead to the copy, or the answer would leave unmarked.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        # The dictionaries themselves, so that what .to() or load_state_dict does to the one is seen by the other.
+        # The dictionaries themselves, so that what .to() or load_state_dict does to one is seen by the other.
         for held in (module._parameters, module._buffers):
             memo[id(held)] = held
             memo.update((id(tensor), tensor) for tensor in held.values() if tensor is not None)
@@ -140,6 +166,6 @@ def _twin(model: M) -> M:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise TypeError(
-            f"model must be copyable with copy.deepcopy (its tensors excepted), but {type(model).__name__} is "
-            f"not: {error}"
+            f"model must be copyable with copy.deepcopy (its tensors excepted), but {type(model).__name__} "
+            f"is not: {error}"
         ) from error

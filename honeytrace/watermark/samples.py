@@ -57,32 +57,52 @@ def gather(data: Any, name: str) -> tuple[Tensor, Tensor]:
     """All inputs [N, ...] and labels [N] of an iterable of pairs.
 
     Args:
-        data: a pair (inputs [N, ...], labels [N]); or an iterable of pairs: batches (inputs [B, ...], labels [B])
-            as a DataLoader gives them, or single samples (input [...], label) as a Dataset does.
+        data: a pair (inputs [N, ...], labels [N]); or an iterable of pairs: batches (inputs [B, ...],
+            labels [B]) as a DataLoader gives them, or single samples (input [...], label) as a Dataset does.
         name: how errors call it.
 
     Raises:
-        TypeError: data is neither.
-        ValueError: it is empty, or inputs and labels differ in number.
+        TypeError: data is neither, or its inputs are no float32 numbers: a suspect is asked in float32.
+        ValueError: it is empty, inputs and labels differ in number, or inputs are not all of one shape.
     """
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         data = [data]
-    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+    if not isinstance(data, Iterable) and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"{name} must be an iterable of (input, label), got {type(data).__name__}")
+    if not isinstance(data, Iterable):
+        data = (data[i] for i in range(len(data)))  # a Dataset; not all of them end with an IndexError
     inputs: list[Tensor] = []
     labels: list[Tensor] = []
     for pair in data:
         if not isinstance(pair, (tuple, list)) or len(pair) < 2:
             raise TypeError(f"{name} must give pairs (input, label), got a {type(pair).__name__}")
-        x, y = torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
+        try:
+            x, y = torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"{name} must give pairs (input, label) of tensors, arrays or numbers, got "
+                f"({type(pair[0]).__name__}, {type(pair[1]).__name__})"
+            ) from None
+        if x.dtype != torch.float32:
+            raise TypeError(
+                f"inputs in {name} must be float32, as a suspect is asked, got {x.dtype}; convert them, and "
+                "wrap a model that takes another dtype"
+            )
         if y.is_floating_point() or y.dim() > 1:
             raise ValueError(
                 f"labels in {name} must be class numbers, got {y.dtype} of shape {list(y.shape)}"
             )
         if y.dim() == 0:
             x, y = x[None], y[None]
+        if x.dim() < 2:
+            raise ValueError(f"{name} must give inputs of at least one dimension each, got single numbers")
         if len(x) != len(y):
             raise ValueError(f"{name} must give one label for each input, got {len(x)} and {len(y)}")
+        if inputs and x.shape[1:] != inputs[0].shape[1:]:
+            raise ValueError(
+                f"inputs in {name} must be of one shape, got {list(inputs[0].shape[1:])} and "
+                f"{list(x.shape[1:])}"
+            )
         inputs.append(x.detach().cpu())
         labels.append(y.detach().cpu().long())
     if not inputs or sum(map(len, inputs)) == 0:

@@ -1,4 +1,4 @@
-"""What calibration chose and what it costs, to be read. Holds nothing that gives a trigger or a target away."""
+"""What calibration chose and what it costs, to be read. Nothing here gives a trigger or a target away."""
 
 from __future__ import annotations
 
@@ -58,10 +58,8 @@ class Summary:
     @classmethod
     def empty(cls) -> Summary:
         """Before anything was measured."""
-        return cls(
-            budget=0.0, accuracy=0.0, accuracy_graded=0.0, accuracy_marked=0.0, expected_drop=0.0, strength=0.0,
-            bent=0.0, flipped=0.0, measured_on=0, groups=(),
-        )  # fmt: skip
+        numbers = {entry.name: 0 for entry in dataclasses.fields(cls) if entry.name != "groups"}
+        return cls(**numbers, groups=())
 
     def of(self, mark: Mark) -> tuple[GroupSummary, ...]:
         """The groups with this mark."""
@@ -86,7 +84,7 @@ class Summary:
         """What `to_dict` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: other fields, or values that are no finite numbers or unknown words.
+            KeyError, TypeError, ValueError: other fields, numbers that are not finite, unknown words.
         """
         groups = tuple(GroupSummary(**group) for group in fields["groups"])
         summary = cls(**{**fields, "groups": groups})

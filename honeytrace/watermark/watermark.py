@@ -25,8 +25,8 @@ from honeytrace.watermark.summary import Summary
 M = TypeVar("M", bound=nn.Module)
 
 PLANES = 16
-"""Sign bits of a query's bucket. More bits are finer buckets: two queries that differ a little share 16 bits far more
-often than 64, and then get the same answer."""
+"""Sign bits of a query's bucket. More bits are finer buckets: two queries that differ a little share 16 bits
+far more often than 64, and then get the same answer."""
 
 
 class Watermark:
@@ -67,7 +67,7 @@ class Watermark:
 
     @classmethod
     def calibrate(cls, model: nn.Module, data: Any, *, key: SecretKey, **settings: Any) -> Watermark:
-        """Choose trigger groups, offsets, scales and flips on the owner's data; see `honeytrace.calibrate`."""
+        """Choose trigger groups, offsets, scales and flips on the owner's data: `honeytrace.calibrate`."""
         from honeytrace.watermark.calibration import calibrate
 
         return calibrate(model, data, key=key, **settings)
@@ -75,16 +75,17 @@ class Watermark:
     def protect(self, model: M, *, answers: Answers = "logits") -> M:
         """The model with the watermark on its answers.
 
-        The result is of the model's own class, takes the same call and gives the same kind of output. Parameters
-        and buffers are shared with `model`, which stays unprotected: loading weights into the one, training it or
-        moving it to another device or dtype does the same to the other. train() and eval() are its own.
+        The result is of the model's own class (the head of a private subclass of its own), takes the same
+        call and gives the same kind of output. Parameters and buffers are shared with `model`, which stays
+        unprotected: loading weights into the one, training it or moving it to another device or dtype does
+        the same to the other. train() and eval() are its own.
 
-        Other state of the modules is copied as `copy.deepcopy` does. A forward pass that reaches the head through
-        a closure over the bare model is not seen, and would give unmarked answers.
+        Other state of the modules is copied as `copy.deepcopy` does. A forward pass that reaches the head
+        through a closure over the bare model is not seen, and would give unmarked answers.
 
         Args:
             model: the calibrated classifier, or one of the same head.
-            answers: what comes out of the head: "logits" (default), "probabilities", or "labels" (one-hot rows).
+            answers: what comes out of the head: "logits" (default), "probabilities", "labels" (one-hot rows).
 
         Raises:
             TypeError: model is no plain `nn.Module`, or cannot be copied.
@@ -94,7 +95,7 @@ class Watermark:
         return protect(model, self.head, hook, self._bank.features, self.num_classes)
 
     def mark(self, features: Tensor, logits: Tensor) -> WatermarkOutput:
-        """The watermark on features [B, D] and logits [B, C] themselves, as the protected model's head applies it.
+        """The watermark on features [B, D] and logits [B, C], as a protected model's head applies it.
 
         Raises:
             TypeError, ValueError: as `honeytrace.ops.watermark`.
