@@ -28,19 +28,29 @@ CPU_BACKENDS = ["reference", *(f"cpp-{level}" for level in (_C.simd_levels() if 
 """Every backend that runs on CPU tensors here, the compiled core once for each instruction set."""
 
 
-@pytest.fixture(params=CPU_BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test on each CPU backend and instruction set in turn; the value is its name."""
-    name, _, level = request.param.partition("-")
+def _running(spec: str) -> Iterator[str]:
+    name, _, level = spec.partition("-")
     before = _C.simd_level() if level else None
     if level:
         _C.set_simd_level(level)
     try:
         with registry.force(name):
-            yield request.param
+            yield spec
     finally:
         if before is not None:
             _C.set_simd_level(before)
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on each CPU backend and instruction set in turn; the value is its name."""
+    yield from _running(request.param)
+
+
+@pytest.fixture(params=sorted({CPU_BACKENDS[0], CPU_BACKENDS[-1]}))
+def any_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As `backend`, but the compiled core at its best level only: for what does not depend on the level."""
+    yield from _running(request.param)
 
 
 @pytest.fixture

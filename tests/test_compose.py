@@ -48,7 +48,7 @@ def test_layouts_and_modes(backend, randn):
 
 
 @pytest.mark.parametrize("mask_shape", [(3, 4), (4,), (3, 1), ()])
-def test_gradients(backend, randn, mask_shape):
+def test_gradients(any_level, randn, mask_shape):
     wide = [
         x.requires_grad_()
         for x in (randn(3, 4).double(), randn(3, 4).double(), randn(*mask_shape).sigmoid().double())
@@ -62,7 +62,7 @@ def test_gradients(backend, randn, mask_shape):
         assert_close(a, e, GRADIENT)
 
 
-def test_opcheck_and_compile(backend, randn):
+def test_opcheck_and_compile(any_level, randn):
     for gradient in (False, True):
         args = [x.requires_grad_(gradient) for x in (randn(3, 4), randn(3, 4), randn(4).sigmoid())]
         torch.library.opcheck(torch.ops.honeytrace.compose.default, tuple(args))

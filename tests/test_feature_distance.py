@@ -226,7 +226,7 @@ def test_reference_gradcheck(randn, metric, p):
 
 
 @pytest.mark.parametrize(("metric", "p"), METRICS)
-def test_gradient_agrees_with_the_reference(backend, randn, metric, p):
+def test_gradient_agrees_with_the_reference(any_level, randn, metric, p):
     q, b, weight = randn(5, 13), randn(2, 11, 13), randn(5, 2)
     q[3, 0] = torch.nan
     weight[3] = 0  # its distance is infinite in both
@@ -278,7 +278,7 @@ def test_gradient_in_blocks(monkeypatch, randn):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradient_has_the_features_dtype(backend, randn, dtype):
+def test_gradient_has_the_features_dtype(any_level, randn, dtype):
     q = randn(3, 6, dtype=dtype).requires_grad_()
     ops.feature_distance(q, randn(9, 6), k=2, metric="l2").sum().backward()
     assert q.grad.dtype == dtype
@@ -289,7 +289,7 @@ def test_gradient_has_the_features_dtype(backend, randn, dtype):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_opcheck(backend, randn, gradient):
+def test_opcheck(any_level, randn, gradient):
     q, b = randn(4, 9).requires_grad_(gradient), randn(2, 6, 9).requires_grad_(gradient)
     torch.library.opcheck(torch.ops.honeytrace.feature_distance.default, (q, b, None, None, 3, 1, 1.0))
 

@@ -85,7 +85,7 @@ def test_1_alone_or_in_any_batch_at_any_position(backend, rule):
     assert whole.flipped.any()
     assert (whole.similarity.amax(1) == 0).any()
     generator = torch.Generator().manual_seed(2)
-    choices = [torch.tensor([i]) for i in range(67)]
+    choices = [torch.tensor([i]) for i in (0, 5, 7, 11, 13, 40, 66)]
     choices += [torch.randperm(67, generator=generator)[:n] for n in (2, 3, 15, 16, 17, 31, 66)]
     choices += [torch.arange(66, -1, -1), torch.arange(1, 67), torch.full((20,), 13)]
     for rows in choices:
@@ -93,7 +93,7 @@ def test_1_alone_or_in_any_batch_at_any_position(backend, rule):
 
 
 def test_1_at_any_number_of_threads(backend, rule, threads):
-    q, z, b, r, planes = (x.repeat(8, 1) if i < 2 else x for i, x in enumerate(world(3)))
+    q, z, b, r, planes = (x.repeat(5, 1) if i < 2 else x for i, x in enumerate(world(3)))
     bank = ops.Bank(b)
     threads(1)
     expected = ops.watermark(q, z, bank, r, planes, rule=rule, seed=SEED)
@@ -103,6 +103,19 @@ def test_1_at_any_number_of_threads(backend, rule, threads):
         assert same(ops.watermark(q, z, bank, r, planes, rule=rule, seed=SEED), expected)
         again = ops.feature_distance(q, bank, k=rule.k, metric=rule.metric, p=rule.p)
         assert same([again], [distance])
+
+
+@pytest.mark.parametrize("power", [reference._power, reference._exact_power])
+@pytest.mark.parametrize("exponent", [0.25, 0.5, 1.3, 2.7, 3.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_1_powers_have_the_same_bits_at_every_position(power, exponent, dtype, threads):
+    x = torch.rand(100_003, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    threads(1)
+    expected = power(x, exponent)
+    for start, end in ((1, 14), (3, 4), (5, 99_999), (17, 50), (50_001, 100_003)):
+        assert torch.equal(power(x[start:end].clone(), exponent), expected[start:end])
+    threads(3)
+    assert torch.equal(power(x, exponent), expected)
 
 
 def test_1_called_by_many_threads_at_once(backend):

@@ -83,7 +83,7 @@ def test_float64_reference(randn):
     assert reference.sign_hash(q, planes).tolist() == buckets(q, planes)[0]
 
 
-def test_opcheck_and_compile(backend, randn):
+def test_opcheck_and_compile(any_level, randn):
     q, planes = randn(4, 9), randn(64, 9)
     torch.library.opcheck(torch.ops.honeytrace.sign_hash.default, (q, planes))
     compiled = torch.compile(ops.sign_hash, fullgraph=True, backend="aot_eager")

@@ -47,9 +47,17 @@ def rule(request):
 
 
 @pytest.mark.parametrize(
-    ("batch", "groups", "classes"), [(1, 1, 1), (5, 1, 2), (12, 3, 10), (33, 2, 100), (3, 17, 257)]
+    ("batch", "groups", "classes", "dtype"),
+    [
+        (1, 1, 1, torch.float32),
+        (5, 1, 2, torch.float32),
+        (12, 3, 10, torch.float32),
+        (33, 2, 100, torch.float32),
+        (3, 17, 257, torch.float32),
+        (12, 3, 37, torch.float16),
+        (12, 3, 37, torch.bfloat16),
+    ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_agrees_with_the_float64_reference(backend, randn, rule, batch, groups, classes, dtype):
     logits, similarity, target, bucket = inputs(randn, batch, groups, classes, dtype)
     mixed, group, flipped = ops.watermark_mix(logits, similarity, target, bucket, rule=rule, seed=SEED)
@@ -175,7 +183,7 @@ def test_answers_stay_finite(backend, dtype):
     huge = torch.finfo(torch.float32).max
     for target in ([[huge, -huge, 0.0]], [[-huge, huge, huge]], [[1e4, -1e4, 0.0]], [[-huge, -huge, -huge]]):
         for space in ("logits", "probabilities"):
-            for strength in (0.0, 1e-30, 0.5, 1.0):
+            for strength in (1e-30, 1.0):
                 for s in (1e-38, 0.3, 1.0):
                     mixed, _, _ = ops.watermark_mix(
                         z,
@@ -240,7 +248,7 @@ def test_reference_gradcheck(randn, rule):
     assert torch.autograd.gradcheck(function, args)
 
 
-def test_gradient_agrees_with_the_reference(backend, randn, rule):
+def test_gradient_agrees_with_the_reference(any_level, randn, rule):
     logits, similarity, target, bucket = wide_inputs(randn)
     logits[1, 0] = torch.inf
     similarity[2] = torch.tensor([torch.nan, 0.2, 0.1])
@@ -260,7 +268,7 @@ def test_gradient_agrees_with_the_reference(backend, randn, rule):
     assert not outputs[2].requires_grad
 
 
-def test_gradient_of_copied_and_flipped_rows(backend, randn):
+def test_gradient_of_copied_and_flipped_rows(any_level, randn):
     logits, similarity, target, bucket = inputs(randn, 6, 2, 4)
     similarity[:] = 0
     similarity[3:, 1] = 1
@@ -276,7 +284,7 @@ def test_gradient_of_copied_and_flipped_rows(backend, randn):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradient_has_the_inputs_dtypes(backend, randn, dtype, rule):
+def test_gradient_has_the_inputs_dtypes(any_level, randn, dtype, rule):
     args = [x.to(dtype).requires_grad_() for x in inputs(randn)[:3]]
     mixed, _, _ = ops.watermark_mix(*args, inputs(randn)[3], rule=rule, seed=SEED)
     for x, grad in zip(args, torch.autograd.grad(mixed.float().square().sum(), args), strict=True):
@@ -301,7 +309,7 @@ def test_backward_formula_in_float64(randn, rule):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_opcheck(backend, randn, gradient):
+def test_opcheck(any_level, randn, gradient):
     logits, similarity, target, bucket = inputs(randn)
     args = [x.requires_grad_(gradient) for x in (logits, similarity, target)]
     rule = RULES["all of it"]

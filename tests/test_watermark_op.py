@@ -137,7 +137,7 @@ def test_rows_that_are_not_finite_come_back_bit_for_bit(backend, randn, rule, ba
 # Gradients ------------------------------------------------------------------------------------------
 
 
-def test_gradient_agrees_with_the_reference(backend, randn, rule):
+def test_gradient_agrees_with_the_reference(any_level, randn, rule):
     narrow = [x.requires_grad_() for x in inputs(randn, batch=6)[:4]]
     planes = randn(64, 30)
     wide = [x.detach().double().requires_grad_() for x in narrow]
@@ -152,7 +152,7 @@ def test_gradient_agrees_with_the_reference(backend, randn, rule):
         assert a.abs().max() > 0
 
 
-def test_gradient_of_some_inputs_only(backend, randn):
+def test_gradient_of_some_inputs_only(any_level, randn):
     q, z, b, r, planes = inputs(randn, batch=4)
     rule = RULES["groups"]
     for wanted in ([q], [b], [z], [r], [q, r]):
@@ -185,7 +185,7 @@ def raw_args(q, z, b, r, planes, rule):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_opcheck(backend, randn, gradient):
+def test_opcheck(any_level, randn, gradient):
     q, z, b, r, planes = inputs(randn, batch=4)
     for x in (q, z, b, r):
         x.requires_grad_(gradient)
