@@ -1,8 +1,8 @@
 """A dress rehearsal: the owner steals the protected model from itself before anybody else can.
 
-Whether a claim will stand depends on the key (where its groups lie, which targets it drew) and on the data. The
-rehearsal says so beforehand, by measuring: copies are trained on the protected answers to the owner's own inputs, by
-soft and by top-1 labels, and verified as a suspect would be.
+Whether a claim will stand depends on the key (where its groups lie, which targets it drew) and on the data.
+The rehearsal says so beforehand, by measuring: copies are trained on the protected answers to the owner's own
+inputs, by soft and by top-1 labels, and verified as a suspect would be.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def rehearse(
 ) -> Rehearsal:
     """Extract the protected model with the owner's inputs, twice, and put both copies to the test.
 
-    A rehearsal is optimistic where the attacker's inputs are unlike the owner's (see docs/strength.md), and it says
+    A rehearsal is optimistic where the attacker's inputs are unlike the owner's (see docs/strength.md), and
+    it says
     nothing about an innocent model: that is the test's own promise.
 
     Args:

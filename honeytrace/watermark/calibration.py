@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from honeytrace.ops import Bank
 from honeytrace.ops.rule import WatermarkRule
-from honeytrace.training import Progress
+from honeytrace.training import Progress, predict
 from honeytrace.watermark.groups import TriggerGroup, draw_target
 from honeytrace.watermark.head import features_and_logits, find_head, get_head
 from honeytrace.watermark.key import KeyStream, SecretKey
@@ -38,14 +38,16 @@ _GRADED_CLUSTER = 300
 """Samples in a graded group's cluster, on average: about as many as its region marks."""
 
 _FLIP_CLUSTER = 75
-"""Samples in a flip group's cluster: small, for every one of them costs accuracy, and enough to be learned."""
+"""Samples in a flip group's cluster: small, for every one of them costs accuracy, and enough to be
+learned."""
 
 _PURE = 0.9
-"""A flip group's cluster must be of one class to this mean probability. In mixed regions a copy's answers vary by
-themselves, and the target's rank drowns in that."""
+"""A flip group's cluster must be of one class to this mean probability. In mixed regions a copy's answers
+vary by themselves, and the target's rank drowns in that."""
 
 _OVERLAP = 0.3
-"""Two regions may share this much of the smaller one; beyond that the second would mostly be the first again."""
+"""Two regions may share this much of the smaller one; beyond that the second would mostly be the first
+again."""
 
 _FREE = 1e-3
 """Accuracy the graded mark may cost (share of answers): as good as nothing."""
@@ -78,30 +80,32 @@ def calibrate(
 ) -> Watermark:
     """Make a watermark for a trained classifier.
 
-    Graded groups mix a little of the target into the answers near them (probability space, no label changes, no
-    accuracy lost); flip groups replace the answer in small, compact, isolated regions, for attackers who use labels
-    only, as far as the accuracy budget goes.
+    Graded groups mix a little of the target into the answers near them (probability space, no label changes,
+    no accuracy lost); flip groups replace the answer in small, compact, isolated regions, for attackers who
+    use labels only, as far as the accuracy budget goes.
 
     Args:
         model: a classifier with an `nn.Linear` head and at least 5 classes. Not changed, not trained.
-        data: the owner's labelled samples: pairs (inputs [B, ...], labels [B]) as a DataLoader gives them, single
-            samples (input, label), or one pair of tensors. Held in memory. Samples the model was not trained on give
-            truer figures.
+        data: the owner's labelled samples: pairs (inputs [B, ...], labels [B]) as a DataLoader gives them,
+            single samples (input, label), or one pair of tensors. Held in memory. Samples the model was not
+            trained on give truer figures.
         key: fixes groups, triggers and targets.
-        max_accuracy_drop: share of answers whose correctness may be lost; measured on `validation`, and not exceeded
-            by what the model's own probabilities expect on `data` either. Default 0.005 (half a point).
+        max_accuracy_drop: share of answers whose correctness may be lost; measured on `validation`, and not
+            exceeded by what the model's own probabilities expect on `data` either. Default 0.005 (half a
+            point).
         flips: whether to spend the budget on flips. Default True.
-        graded_groups, flip_groups: how many of each. Default 8 and 8: a claim at 1e-3 stands when a third of them
-            fail (10 classes).
-        strength: largest weight of a graded target, in (0, 1). Default 0.2; halved until the graded mark costs no
-            more than a tenth of a point.
+        graded_groups, flip_groups: how many of each. Default 8 and 8: a claim at 1e-3 stands when a third of
+            them fail (10 classes).
+        strength: largest weight of a graded target, in (0, 1). Default 0.2; halved until the graded mark
+            costs no more than a tenth of a point.
         graded_share: share of likely queries that each graded group marks. Default 0.02.
         triggers_per_group: inputs a suspect will be asked in each group. Default 16.
-        validation: labelled samples to measure accuracy on, best ones the model was not trained on. Default: data.
-        trigger_data: labelled samples to make triggers of; nobody should have seen them. Default: a fifth of data,
-            drawn by the key, which then serves for nothing else.
-        reference: an unmarked model to compare suspects with, best a copy of the model's own answers trained by the
-            owner. Default: the model itself.
+        validation: labelled samples to measure accuracy on, best ones the model was not trained on. Default:
+            data.
+        trigger_data: labelled samples to make triggers of; nobody should have seen them. Default: a fifth of
+            data, drawn by the key, which then serves for nothing else.
+        reference: an unmarked model to compare suspects with, best a copy of the model's own answers trained
+            by the owner. Default: the model itself.
         head: name of the head. Default: the last `nn.Linear` that runs.
         batch_size: inputs put to the model at once. Default 512.
         progress: told of every batch and every step.
@@ -113,8 +117,8 @@ def calibrate(
         TypeError: an argument has a wrong type.
         ValueError: an argument is out of range, the model has fewer than 5 classes, or the data is too small.
 
-    Source: Neural Honeytrace (arXiv 2501.09328), section 4, for the rule and the bank; graded marks, natural clusters
-    and the drawing of targets are this project's (docs/strength.md).
+    Source: Neural Honeytrace (arXiv 2501.09328), section 4, for the rule and the bank; graded marks, natural
+    clusters and the drawing of targets are this project's (docs/strength.md).
     """
     _check(
         model, key, max_accuracy_drop, graded_groups, flip_groups, strength, graded_share, triggers_per_group
@@ -124,7 +128,7 @@ def calibrate(
     classes = get_head(model, name).out_features
     if classes < 5:
         raise ValueError(
-            f"model must have at least 5 classes, so that 3 or more are left to draw a target from, got {classes}"
+            f"model must have at least 5 classes, so that 3 are left to draw a target from, got {classes}"
         )
     owner = look(
         model, name, inputs, labels, batch_size=batch_size, progress=progress, text="reading the data"
@@ -201,7 +205,8 @@ class _Parts:
     key: SecretKey
 
     def build(self, strength: float, flip_share: float) -> Watermark:
-        """The watermark with this strength, flipping this share of likely queries in each flip group (0: none)."""
+        """The watermark with this strength, flipping this share of likely queries in each flip group (0:
+        none)."""
         offsets, scales = [], []
         for proposal in self.proposals:
             if proposal.mark == "graded":
@@ -235,10 +240,11 @@ class _Parts:
 
 
 def class_logits(samples: Samples) -> Tensor:
-    """[C, C] float32: the mean logits of each class's correctly classified samples; row c is a target's answer.
+    """[C, C] float32: the mean logits of each class's correctly classified samples; row c is a target's
+    answer.
 
-    A class the model never gets right on the data has no such samples; the mean over all samples it gives the class,
-    or else a plain one-hot row of the data's own logit range, stands in.
+    A class the model never gets right on the data has no such samples; the mean over all samples it gives the
+    class, or else a plain one-hot row of the data's own logit range, stands in.
     """
     rows = []
     low, high = samples.logits.amin(dim=1).mean(), samples.logits.amax(dim=1).mean()
@@ -258,8 +264,8 @@ def class_logits(samples: Samples) -> Tensor:
 def centred_planes(key: SecretKey, features: Tensor) -> Tensor:
     """[16, D] float32: keyed sign planes, made orthogonal to the mean feature.
 
-    Features behind a ReLU all lie in one corner; planes through the origin would put nearly every query on the same
-    side. Orthogonal to the mean, each plane cuts the data in the middle.
+    Features behind a ReLU all lie in one corner; planes through the origin would put nearly every query on
+    the same side. Orthogonal to the mean, each plane cuts the data in the middle.
     """
     planes = key.stream("planes").signs(PLANES, features.shape[1])
     mean = features.double().mean(dim=0)
@@ -334,8 +340,6 @@ def _apart(proposals: list[Proposal], count: int) -> list[Proposal]:
 
 
 def _group(key: SecretKey, proposal: Proposal, reference: nn.Module, batch_size: int) -> TriggerGroup:
-    from honeytrace.training import predict
-
     triggers = proposal.triggers.float()
     logits = predict(reference, triggers, batch_size=batch_size)
     candidates = tuple(c for c in range(logits.shape[1]) if c not in proposal.sources)

@@ -21,11 +21,13 @@ class TriggerGroup:
     """A trigger group with its target. Only `family` and `mark` are shown in the repr.
 
     Attributes:
-        family: "composite" (two samples put together by a mask) or "cluster" (a compact group of natural samples).
+        family: "composite" (two samples put together by a mask) or "cluster" (a compact group of natural
+            samples).
         mark: "graded" (a share of the target's answer is mixed in) or "flip" (the answer is the target's).
         sources: the two classes the group lies between; never among the candidates of a graded group.
         candidates: the classes the target was drawn from, ascending.
-        target: the class answers are bent to. Drawn from the key, independent of everything else in the group.
+        target: the class answers are bent to. Drawn from the key, independent of everything else in the
+            group.
         triggers: float32 [n, ...], what a suspect will be asked.
         reference_log_probs: float32 [n, C], the unmarked reference on the triggers.
     """
@@ -42,9 +44,9 @@ class TriggerGroup:
 def draw_target(key: SecretKey, triggers: Tensor, candidates: Sequence[int]) -> int:
     """The target of a group: uniform over its candidates.
 
-    Drawn from a stream of the key that is named after the triggers and the candidates. So each group has its own
-    draw, independent of all others and of the stream that chose the inputs; a target cannot be moved to another
-    group; and whoever holds the opened key and the triggers can draw it again.
+    Drawn from a stream of the key that is named after the triggers and the candidates. So each group has its
+    own draw, independent of all others and of the stream that chose the inputs; a target cannot be moved to
+    another group; and whoever holds the opened key and the triggers can draw it again.
 
     Args:
         triggers: float32 [n, ...]; candidates: at least one class.

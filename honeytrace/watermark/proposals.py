@@ -1,10 +1,10 @@
 """Places in feature space where a mark could go, proposed before anyone knows the targets.
 
-Two families. *Clusters*: compact groups of the owner's own samples, found by k-means on the features; their triggers
-are further members and small shifts of them, and look like any query. *Composites*: two samples of two classes put
-together by a mask (Neural Honeytrace, arXiv 2501.09328, section 4). What is proposed depends on the model, the
-owner's data and the key's stream for inputs, never on the stream for targets: the ownership test is exact because of
-that.
+Two families. *Clusters*: compact groups of the owner's own samples, found by k-means on the features; their
+triggers are further members and small shifts of them, and look like any query. *Composites*: two samples of
+two classes put together by a mask (Neural Honeytrace, arXiv 2501.09328, section 4). What is proposed depends
+on the model, the owner's data and the key's stream for inputs, never on the stream for targets: the ownership
+test is exact because of that.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from honeytrace.watermark.masks import draw_mask
 from honeytrace.watermark.samples import Samples
 
 BANK_ROWS = 32
-"""Rows of the bank in each group. More rows follow a region's shape more closely and cost time in each query."""
+"""Rows of the bank in each group. More rows follow a region's shape more closely and cost time in each
+query."""
 
 NEIGHBOURS = 5
 """k of the feature distance: small enough for groups of 32, large enough that no single row decides."""
 
 MIXING_POWER = 0.25
-"""Of the graded mark. Similarity falls from 1 at the bank to 0 at the offset, and queries lie near the offset: a small
-power gives most of them most of the strength, and still ends at 0 without a step."""
+"""Of the graded mark. Similarity falls from 1 at the bank to 0 at the offset, and queries lie near the
+offset: a small power gives most of them most of the strength, and still ends at 0 without a step."""
 
 _COMPOSITE_PAIRS = 256
 """Composites tried as triggers of a composite group; the nearest to its bank are kept."""
@@ -51,8 +52,8 @@ class Proposal:
         triggers: [n, ...], nearest first.
         trigger_features: [n, D].
         distances: [L], the likely queries to the bank.
-        isolation: distance of the second nearest cluster centre over that of its own, the median over the members;
-            0 for composites. High means apart from everything else.
+        isolation: distance of the second nearest cluster centre over that of its own, the median over the
+            members; 0 for composites. High means apart from everything else.
         offset: distance within which the mark works.
         lift: predicted weight that a copy will show at the triggers, see `predicted_lift`.
     """
@@ -74,8 +75,8 @@ class Clusters:
     """k-means on the owner's features.
 
     Attributes:
-        centres: [K, D]; assigned: [N] the nearest centre of each sample; apart: [N] second nearest distance over
-            nearest.
+        centres: [K, D]; assigned: [N] the nearest centre of each sample; apart: [N] second nearest distance
+            over nearest.
     """
 
     centres: Tensor
@@ -116,8 +117,10 @@ def cluster_proposals(
 
     Args:
         samples: what banks are made of.
-        likely: samples that stand for the queries to come; none of them is in a bank. (Offsets read off the bank's
-            own samples would be too wide: the bank takes a region's core, so what is left of them lies outside it.)
+        likely: samples that stand for the queries to come; none of them is in a bank. (Offsets read off the
+            bank's
+            own samples would be too wide: the bank takes a region's core, so what is left of them lies
+                outside it.)
         share: of the likely queries, within the offset.
         trigger_pool: samples that triggers may be made of; nothing else may have seen them.
         trigger_count: triggers in each group.
@@ -163,11 +166,12 @@ def composite_proposals(
     trigger_count: int,
     embed: Embed,
 ) -> list[Proposal]:
-    """Proposals of `count` source pairs, masks and geometries drawn from the key; arguments as `cluster_proposals`.
+    """Proposals of `count` source pairs, masks and geometries drawn from the key; arguments as
+    `cluster_proposals`.
 
     Pairs of classes that the trigger pool or the data has no sample of are left out.
     """
-    present = sorted(set(samples.labels.unique().tolist()) & set(trigger_pool.labels.unique().tolist()))
+    present = sorted(set(samples.labels.tolist()) & set(trigger_pool.labels.tolist()))
     if len(present) < 2:
         return []
     drawn, rows, triggers, features = [], [], [], []
@@ -195,7 +199,8 @@ def composite_proposals(
 
 
 def similarity_of(distances: Tensor, offset: float, mark: Mark) -> Tensor:
-    """Weight of the target, in units of the strength (graded) or whether the answer is flipped: [N] in [0, 1]."""
+    """Weight of the target, in units of the strength (graded) or whether the answer is flipped: [N] in [0,
+    1]."""
     if mark == "flip":
         return (distances <= offset).float()
     return ((offset - distances) / offset).clamp(0, 1) ** MIXING_POWER
@@ -247,8 +252,8 @@ def predicted_lift(
 ) -> float:
     """How much of the mark a copy can be expected to show at the triggers: in [0, 1].
 
-    A copy knows the answers to its queries. So: the mean weight at the 20 likely queries nearest to each trigger (a
-    nearest-neighbour regression of the mark, read at the triggers).
+    A copy knows the answers to its queries. So: the mean weight at the 20 likely queries nearest to each
+    trigger (a nearest-neighbour regression of the mark, read at the triggers).
     Composites far from all data have near neighbours that are hardly marked, and are learned badly.
     """
     nearest = torch.cdist(trigger_features, features, p=1).topk(min(neighbours, len(features)), largest=False)
