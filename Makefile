@@ -7,6 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.honeytrace-installed
+TOOLS := $(VENV)/.honeytrace-tools
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -name '*.o')
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -15,7 +16,7 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 TEST_PROCESSES ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo test lint bench test-gpu bench-gpu clean
+.PHONY: help install tools demo test lint bench test-gpu bench-gpu clean
 
 help:
 	@echo "make demo       protect a classifier, steal it, prove the theft (installs first)"
@@ -24,40 +25,54 @@ help:
 	@echo "make bench      time the kernels against others"
 	@echo "make test-gpu   the tests that need a GPU"
 	@echo "make bench-gpu  the benches that need a GPU"
-	@echo "make install    virtual environment in $(VENV), compiled core, all dependencies"
+	@echo "make install    virtual environment in $(VENV), compiled core, what it needs to run"
+	@echo "make tools      on top of it, what tests and checks need"
 	@echo "make clean      remove what was built and installed"
 
 install: $(STAMP)
 
+# --no-compile: Python writes its bytecode for what is imported, when it is imported, and not for all of torch.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
 $(STAMP): $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "no python3.11 and no python3 found; say where: make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e .
 	@touch $(STAMP)
+
+# What tests and checks need on top: the extra "dev" of pyproject.toml, without building the package again.
+tools: $(TOOLS)
+
+$(TOOLS): $(STAMP)
+	@$(BIN)/python -c "from pip._vendor import tomli; \
+		project = tomli.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['optional-dependencies']['dev'], sep='\n')" > $(VENV)/dev.txt
+	$(PIP) -r $(VENV)/dev.txt
+	@touch $(TOOLS)
 
 demo: install
 	$(BIN)/honeytrace demo
 
 # Speed ratios first and alone: a second test process beside them would be in the picture.
-test: install
+test: tools
 	$(PYTEST) -q -m "perf and not gpu" || test $$? -eq 5
 	$(PYTEST) -q -n $(TEST_PROCESSES) -m "not perf and not gpu"
 
-lint: install
+lint: tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
-bench: install
+bench: tools
 	@found=0; for file in bench/bench_*.py; do test -e "$$file" || continue; found=1; \
 		echo "== $$file"; $(BIN)/python "$$file" || exit 1; done; \
 	test $$found -eq 1 || { echo "there are no benches in bench/" >&2; exit 1; }
 
-test-gpu: install gpu-there
+test-gpu: tools gpu-there
 	$(BIN)/python -m pytest -q -m gpu
 
-bench-gpu: install gpu-there
+bench-gpu: tools gpu-there
 	@found=0; for file in bench/gpu_*.py; do test -e "$$file" || continue; found=1; \
 		echo "== $$file"; $(BIN)/python "$$file" || exit 1; done; \
 	test $$found -eq 1 || { echo "there are no GPU benches in bench/" >&2; exit 1; }
