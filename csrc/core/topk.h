@@ -12,7 +12,7 @@
 
 namespace honeytrace {
 
-// The k smallest keys of one query so far; `keys` has room for k.
+// The k smallest keys of one query so far; `keys` has room for k, `count` were offered.
 struct SmallestK {
     uint64_t* keys;
     size_t k, count;
@@ -22,8 +22,8 @@ struct SmallestK {
 
 namespace honeytrace::HONEYTRACE_LEVEL {
 
-// Up to here a shifted array beats a heap: a key moves 8 bytes and moves in order.
-constexpr size_t kLargestSortedK = 64;
+// Up to here a sorted array beats a heap: its insertion has no branch to guess wrong (measured at 100 and 200).
+constexpr size_t kLargestSortedK = 256;
 
 HONEYTRACE_HD uint64_t key_of(float distance, uint32_t row) {
     return (static_cast<uint64_t>(bits_of(distance)) << 32) | row;
@@ -31,14 +31,14 @@ HONEYTRACE_HD uint64_t key_of(float distance, uint32_t row) {
 HONEYTRACE_HD float distance_of(uint64_t key) { return float_of(static_cast<uint32_t>(key >> 32)); }
 HONEYTRACE_HD uint32_t row_of(uint64_t key) { return static_cast<uint32_t>(key); }
 
-// keys[0..count) ascending; puts `key` in its place and drops what falls off the end at `k`.
-HONEYTRACE_HD void insert_sorted(uint64_t* keys, size_t count, size_t k, uint64_t key) {
-    size_t slot = count < k ? count : k - 1;
-    while (slot > 0 && keys[slot - 1] > key) {
-        keys[slot] = keys[slot - 1];
-        --slot;
+// keys[0..k) ascending; puts `key` in its place and drops the last. No branch and no chain: every slot takes the
+// middle of its old key, its left neighbour's and the new one.
+HONEYTRACE_HD void insert_sorted(uint64_t* keys, size_t k, uint64_t key) {
+    for (size_t slot = k - 1; slot > 0; --slot) {
+        const uint64_t left = keys[slot - 1], lower = keys[slot] < key ? keys[slot] : key;
+        keys[slot] = left > lower ? left : lower;
     }
-    keys[slot] = key;
+    keys[0] = keys[0] < key ? keys[0] : key;
 }
 
 HONEYTRACE_HD void sift_down(uint64_t* heap, size_t count, size_t parent, uint64_t key) {
@@ -64,24 +64,30 @@ HONEYTRACE_HD void sort_heap(uint64_t* heap, size_t count) {
     }
 }
 
-HONEYTRACE_HD bool is_full(const SmallestK& set) { return set.count == set.k; }
+// An empty set. Its keys stand for infinitely far rows behind all real ones.
+HONEYTRACE_HD SmallestK empty_set(uint64_t* keys, size_t k) {
+    for (size_t i = 0; i < k; ++i) keys[i] = key_of(__builtin_inff(), ~0u);
+    return {keys, k, 0};
+}
 
-// A distance not below this one changes nothing once the set is full.
+HONEYTRACE_HD bool is_full(const SmallestK& set) { return set.count >= set.k; }
+
+// Once the set is full a distance not below this one changes nothing.
 HONEYTRACE_HD float bound_of(const SmallestK& set) {
     return distance_of(set.k <= kLargestSortedK ? set.keys[set.k - 1] : set.keys[0]);
 }
 
+// Any order of the stream gives the same set.
 HONEYTRACE_HD void offer(SmallestK& set, uint64_t key) {
     if (set.k <= kLargestSortedK) {
-        if (set.count == set.k && key >= set.keys[set.k - 1]) return;
-        insert_sorted(set.keys, set.count, set.k, key);
-        set.count += set.count < set.k;
+        insert_sorted(set.keys, set.k, key);
     } else if (set.count < set.k) {
-        set.keys[set.count++] = key;
-        if (set.count == set.k) make_heap(set.keys, set.k);
+        set.keys[set.count] = key;
+        if (set.count + 1 == set.k) make_heap(set.keys, set.k);
     } else if (key < set.keys[0]) {
         sift_down(set.keys, set.k, 0, key);
     }
+    ++set.count;
 }
 
 // Brings the keys into ascending order; once, when at least k of them have been offered.

@@ -105,13 +105,14 @@ HT_INLINE Lanes panel_distances(const M& metric, const DistanceTask& task, Lanes
     if constexpr (M::kCosine) {
         if (zero_query) return fill(1.0f);
         const Lanes norm = load(task.norms + panel * kLanes);
-        const LaneMask ordinary_low = less(fill(kSmallestNorm), norm);
-        const LaneMask ordinary_high = less(norm, fill(kLargestNorm));
-        if ((bits(ordinary_low) & bits(ordinary_high)) != (1u << kLanes) - 1) {
+        const LaneMask nonzero = less(fill(0.0f), norm);
+        const LaneMask above = less(fill(kSmallestNorm), norm), below = less(norm, fill(kLargestNorm));
+        if ((bits(nonzero) & ~(bits(above) & bits(below))) != 0) {
             float rescaled[kLanes];
             rescaled_cosine(query, query_step, rows, task.features, rescaled);
-            distance = select(ordinary_low, select(ordinary_high, distance, load(rescaled)), load(rescaled));
+            distance = select(above, select(below, distance, load(rescaled)), load(rescaled));
         }
+        distance = select(nonzero, distance, fill(1.0f));
     } else {
         const LaneMask too_small = less(sum, fill(M::kSmallestSum));
         const LaneMask in_range = less(sum, fill(__builtin_inff()));
@@ -200,7 +201,7 @@ void distance_with(const M& metric, const DistanceTask& task) {
     pack_queries<1>(task, &packed_queries);
 
     SmallestK* smallest = task.smallest;
-    for (size_t i = 0; i < task.batch; ++i) smallest[i] = SmallestK{task.keys + i * task.k, task.k, 0};
+    for (size_t i = 0; i < task.batch; ++i) smallest[i] = empty_set(task.keys + i * task.k, task.k);
 
     const size_t panels = (task.rows + kLanes - 1) / kLanes;
     const size_t panel_bytes = task.features * kLanes * sizeof(float);

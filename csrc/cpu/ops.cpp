@@ -154,12 +154,6 @@ double work_of(const Bank& bank, size_t batch) {
            static_cast<double>(bank.features);
 }
 
-float load_one(const void* row, DType dtype, size_t column) {
-    if (dtype == DType::kFloat32) return static_cast<const float*>(row)[column];
-    const uint16_t half = static_cast<const uint16_t*>(row)[column];
-    return dtype == DType::kFloat16 ? baseline::float_from_float16(half) : baseline::float_from_bfloat16(half);
-}
-
 void store_one(void* row, DType dtype, size_t column, double value) {
     const float rounded = static_cast<float>(std::clamp(value, -double{baseline::kLargestFloat32},
                                                         double{baseline::kLargestFloat32}));
