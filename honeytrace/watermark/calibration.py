@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from honeytrace.ops import Bank
-from honeytrace.ops.rule import WatermarkRule
+from honeytrace.ops.rule import WatermarkRule, check_integer, check_number
 from honeytrace.training import Progress, predict
 from honeytrace.watermark.groups import TriggerGroup, draw_target
-from honeytrace.watermark.head import features_and_logits, find_head, get_head
+from honeytrace.watermark.head import evaluating, features_and_logits, find_head, get_head
 from honeytrace.watermark.key import KeyStream, SecretKey
 from honeytrace.watermark.proposals import (
     MIXING_POWER,
@@ -30,6 +30,7 @@ from honeytrace.watermark.proposals import (
     composite_proposals,
     offset_for,
 )
+from honeytrace.watermark.protected import is_protected
 from honeytrace.watermark.samples import Samples, gather, look
 from honeytrace.watermark.summary import GroupSummary, Summary
 from honeytrace.watermark.watermark import PLANES, Watermark
@@ -120,15 +121,37 @@ def calibrate(
     Source: Neural Honeytrace (arXiv 2501.09328), section 4, for the rule and the bank; graded marks, natural
     clusters and the drawing of targets are this project's (docs/strength.md).
     """
-    _check(
-        model, key, max_accuracy_drop, graded_groups, flip_groups, strength, graded_share, triggers_per_group
-    )
+    _check_modules(model, reference, key, head)
+    for name, number, low, high, above in (
+        ("max_accuracy_drop", max_accuracy_drop, 0.0, 1.0, False),
+        ("strength", strength, 0.0, 1.0, True),
+        ("graded_share", graded_share, 0.0, 0.5, True),
+    ):
+        check_number(name, number, low, math.nextafter(high, 0), above=above)
+    for name, count in (
+        ("graded_groups", graded_groups),
+        ("flip_groups", flip_groups),
+        ("triggers_per_group", triggers_per_group),
+        ("batch_size", batch_size),
+    ):
+        check_integer(name, count, 1, 2**31 - 1)
+    if not isinstance(flips, bool):
+        raise TypeError(f"flips must be True or False, got {type(flips).__name__}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be callable, got {type(progress).__name__}")
     inputs, labels = gather(data, "data")
-    name = find_head(model, inputs[: min(len(inputs), 2)].to(_device(model))) if head is None else head
+    name = _head_of(model, head, inputs[:2])
     classes = get_head(model, name).out_features
     if classes < 5:
         raise ValueError(
             f"model must have at least 5 classes, so that 3 are left to draw a target from, got {classes}"
+        )
+    groups = graded_groups + (flip_groups if flips else 0)
+    least = math.ceil(80 * groups / (1 - _KEPT_BACK if trigger_data is None else 1))
+    if len(inputs) < least:
+        raise ValueError(
+            f"data must hold at least {least} samples for {groups} groups, 80 for each"
+            f"{' besides those kept back for triggers' if trigger_data is None else ''}, got {len(inputs)}"
         )
     owner = look(
         model, name, inputs, labels, batch_size=batch_size, progress=progress, text="reading the data"
@@ -142,6 +165,11 @@ def calibrate(
         pool = look(
             model, name, *gather(trigger_data, "trigger_data"), batch_size=batch_size, progress=progress
         )
+    if len(pool) < triggers_per_group:
+        raise ValueError(
+            f"trigger_data must hold at least {triggers_per_group} samples, one for each trigger of a group, "
+            f"got {len(pool)}"
+        )
     # Banks are made of one half, and the other stands for queries to come: see cluster_proposals.
     halves = torch.tensor(chooser.permutation(len(owner)))
     likely, owner = owner[halves[: len(owner) // 2]], owner[halves[len(owner) // 2 :]]
@@ -149,11 +177,6 @@ def calibrate(
     if validation is not None:
         checked = look(
             model, name, *gather(validation, "validation"), batch_size=batch_size, progress=progress
-        )
-    if len(owner) < 40 * (graded_groups + flip_groups):
-        raise ValueError(
-            f"data must hold at least {80 * (graded_groups + flip_groups)} samples, 80 for each of the "
-            f"{graded_groups + flip_groups} groups, got {len(owner) + len(likely)}"
         )
 
     def embed(batch: Tensor) -> Tensor:
@@ -448,32 +471,33 @@ def _silent(done: int, total: int, text: str) -> None:
     pass
 
 
-def _check(
-    model: nn.Module,
-    key: SecretKey,
-    max_accuracy_drop: float,
-    graded_groups: int,
-    flip_groups: int,
-    strength: float,
-    graded_share: float,
-    triggers: int,
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+def _check_modules(model: Any, reference: Any, key: Any, head: Any) -> None:
+    for name, module in (("model", model), ("reference", reference)):
+        if name == "reference" and module is None:
+            continue
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be an nn.Module, got {type(module).__name__}")
+        if is_protected(module):
+            raise ValueError(f"{name} must be a bare model, got a protected one")
     if not isinstance(key, SecretKey):
         raise TypeError(f"key must be a SecretKey, got {type(key).__name__}")
-    if not 0 <= max_accuracy_drop < 1 or math.isnan(max_accuracy_drop):
-        raise ValueError(f"max_accuracy_drop must be in [0, 1), got {max_accuracy_drop}")
-    if not 0 < strength < 1:
-        raise ValueError(f"strength must be above 0 and below 1, got {strength}")
-    if not 0 < graded_share < 0.5:
-        raise ValueError(f"graded_share must be above 0 and below 0.5, got {graded_share}")
-    for name, value, least in (
-        ("graded_groups", graded_groups, 1),
-        ("flip_groups", flip_groups, 1),
-        ("triggers_per_group", triggers, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if head is not None and not isinstance(head, str):
+        raise TypeError(f"head must be a str, the name of a module, got {type(head).__name__}")
+
+
+def _head_of(model: nn.Module, head: str | None, inputs: Tensor) -> str:
+    inputs = inputs.to(_device(model))
+    try:
+        if head is None:
+            return find_head(model, inputs)
+        get_head(model, head)
+        with evaluating(model), torch.no_grad():
+            model(inputs)
+    except RuntimeError as error:
+        if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):
+            raise TypeError(
+                "model must take float32 inputs, as a suspect is asked; calibrate it in float32 and move the "
+                f"protected model to another dtype, or wrap it ({error})"
+            ) from error
+        raise
+    return head

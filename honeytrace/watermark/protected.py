@@ -118,13 +118,18 @@ def protect(model: M, head: str, hook: AnswerHook, features: int, classes: int) 
             f"the head {head!r} must have {features} features and {classes} classes, as the calibrated model "
             f"had, got {linear.in_features} and {linear.out_features}"
         )
-    if any(isinstance(h, AnswerHook) for part in model.modules() for h in part._forward_hooks.values()):
+    if is_protected(model):
         raise ValueError("model is protected already; protect the bare model")
     twin = _twin(model)
     marked = get_head(twin, head)
     marked.register_forward_hook(hook)
     marked.__class__ = _own_class(type(marked))
     return twin
+
+
+def is_protected(model: nn.Module) -> bool:
+    """Whether some module of the model answers through a watermark."""
+    return any(isinstance(h, AnswerHook) for part in model.modules() for h in part._forward_hooks.values())
 
 
 def _own_class(kind: type[nn.Linear]) -> type[nn.Linear]:

@@ -69,11 +69,11 @@ def gather(data: Any, name: str) -> tuple[Tensor, Tensor]:
         data = [data]
     if not isinstance(data, Iterable) and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"{name} must be an iterable of (input, label), got {type(data).__name__}")
-    if not isinstance(data, Iterable):
-        data = (data[i] for i in range(len(data)))  # a Dataset; not all of them end with an IndexError
+    # A Dataset goes by its length: not all of them end with an IndexError.
+    pairs = data if isinstance(data, Iterable) else (data[i] for i in range(len(data)))
     inputs: list[Tensor] = []
     labels: list[Tensor] = []
-    for pair in data:
+    for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) < 2:
             raise TypeError(f"{name} must give pairs (input, label), got a {type(pair).__name__}")
         try:
