@@ -27,8 +27,8 @@ class GroupRecord:
         target_rank: 1 is first; ties count against the owner.
         rank_p_value: target_rank / K, an exact p-value of this group alone.
         e_value: the group's e-value, between 0 and K; its mean is 1 for an uninvolved suspect.
-        running_e: product of the e-values so far.
-        p_value: the rule's p-value as it stood after this group.
+        running_e: product of the e-values so far, of this part's groups.
+        p_value: the rule's p-value of this part as it stood after this group.
         queries: triggers asked in this group.
     """
 
@@ -55,9 +55,10 @@ class Verdict:
             probability at most alpha, over the key's draw of the targets.
         alpha: that probability, as declared.
         rule: "exact" or "e-process"; see sequential.py.
+        parts: number of tests (one for each kind of mark) that alpha was divided among, equally.
         p_value: the rule's own. An interrupted or stopped verification needs no correction.
-        e_value: product of the groups' e-values at the claim, or after the last group. May be multiplied with
-            e-values of other, independent keys.
+        e_value: product of the groups' e-values at the claim, or after the last group; the mean over the
+            parts where there are several. May be multiplied with e-values of other, independent keys.
         anytime_p_value: 1 / largest running e-value (at most 1): valid for any alpha, chosen at any time.
         exact_p_value: fixed-sample p-value of all groups together; None when asking stopped before the last
             group, where it would not hold. A second figure; no claim rests on it.
@@ -73,6 +74,7 @@ class Verdict:
     claim: bool
     alpha: float
     rule: Rule
+    parts: int = 1
     p_value: float
     e_value: float
     anytime_p_value: float
@@ -126,6 +128,8 @@ class Verdict:
     def _facts(self) -> list[tuple[str, str]]:
         rule = {"exact": "exact sequential test", "e-process": "e-process, claim at 1 / alpha"}[self.rule]
         exact = "not asked to the end" if self.exact_p_value is None else f"{self.exact_p_value:.2g}"
+        if self.parts > 1:
+            rule += f", {self.parts} parts at alpha / {self.parts} each"
         facts = [
             ("rule", rule),
             ("p-value", f"{self.p_value:.2g}  (the claim rests on this one)"),

@@ -100,6 +100,11 @@ def verify(
     (DESIGN "Ownership", invariant 7). Groups are asked in an order drawn from the key; after each the rule is
     looked at.
 
+    Groups with different marks (their attribute `mark`, where they have one) are tests of their own, each at
+    its equal share of alpha: the claim is made where one of them claims. A copy carries one mark and not the
+    other when its maker used scores or labels only, and in one common test the groups it does not carry
+    drown those it does.
+
     Args:
         suspect: any callable from inputs float32 [n, ...] to scores [n, C] or labels [n] (tensors, arrays,
             lists). An nn.Module is asked in eval mode without gradients and gets its mode back. Answers that
@@ -134,68 +139,138 @@ def verify(
     ]
     if not groups:
         raise ValueError("watermark must have at least one trigger group, got none")
-    test = SequentialTest(alpha, len(groups), rule)
-    seed = watermark.verification_seed(key)
-    queries_total = sum(len(group.reference) for group in groups)
-    kind: AnswerKind | None = None if answers == "auto" else answers
-    records: list[GroupRecord] = []
-    evidence: list[tuple[FloatArray, int]] = []
-    compared: list[tuple[FloatArray, FloatArray]] = []
-    asked, asked_until_claim, e_value = 0, 0, 1.0
-    for index in keyed_order(seed, "groups", len(groups)):
-        group = groups[index]
-        said: list[npt.NDArray[np.generic]] = []
-        order = keyed_order(seed, f"triggers of group {index}", len(group.reference))
-        for start in range(0, len(order), batch_size):
-            batch = torch.as_tensor(order[start : start + batch_size])
-            with quiet(suspect):
-                said.append(ask(suspect, group.triggers[batch]))
-            asked += len(batch)
-            if progress is not None:
-                place = f"group {len(records) + 1} of {len(groups)}, e-value {test.e_value:.3g}"
-                progress(asked, queries_total, place)
-        kind = _kind_of(said, kind, answers)
-        rows = np.concatenate(said)[np.argsort(order)]
-        scores, scale_floor, pair = _score(rows, group, kind, scores_are)
-        weights = DEFAULT_CALIBRATOR.weights(scores, scale_floor=scale_floor)
-        was_claimed = test.claim
-        look = test.add(weights, group.target_index)
-        if not was_claimed:
-            asked_until_claim, e_value = asked, look.running_e
-        evidence.append((weights, group.target_index))
-        compared.append(pair)
-        rank = target_rank(scores, group.target_index)
-        records.append(
-            GroupRecord(
-                index=index,
-                candidates=scores.size,
-                target_rank=rank,
-                rank_p_value=rank / scores.size,
-                e_value=look.e_value,
-                running_e=look.running_e,
-                p_value=look.p_value,
-                queries=len(order),
-            )
-        )
-        if look.claim and stop_at_claim:
+    parts = _parts(watermark.groups)
+    examiner = _Examiner(
+        suspect=suspect,
+        groups=groups,
+        seed=watermark.verification_seed(key),
+        wanted=answers,
+        scores_are=scores_are,
+        batch_size=batch_size,
+        progress=progress,
+        queries_total=sum(len(group.reference) for group in groups),
+    )
+    tests: list[SequentialTest] = []
+    e_values: list[float] = []
+    asked_until_claim = None
+    for part in parts:
+        test = SequentialTest(alpha / len(parts), len(part), rule)
+        e_value, asked = examiner.examine(part, test, stop_at_claim)
+        tests.append(test)
+        e_values.append(e_value)
+        if test.claim and asked_until_claim is None:
+            asked_until_claim = asked
+        if test.claim and stop_at_claim:
             break
-    assert kind is not None
-    complete = len(records) == len(groups)
+    assert examiner.kind is not None
+    evidence = examiner.evidence
+    exact = [
+        exact_p_value(*_columns([evidence[index] for index in part]))
+        for part in parts
+        if all(index in evidence for index in part)
+    ]
+    unasked = len(parts) - len(e_values)
     return Verdict(
-        claim=test.claim,
+        claim=any(test.claim for test in tests),
         alpha=alpha,
         rule=rule,
-        p_value=test.p_value,
-        e_value=e_value,
-        anytime_p_value=test.anytime_p_value,
-        exact_p_value=exact_p_value(*_columns(evidence)) if complete else None,
-        smallest_p_value=smallest_p_value([len(group.candidates) for group in groups]),
-        queries=asked_until_claim,
-        queries_total=queries_total,
-        answers=kind,
-        groups=tuple(records),
-        t_test=_compare(compared),
+        parts=len(parts),
+        p_value=_union([test.p_value for test in tests], len(parts)),
+        # A mean of e-values is one; a part that was not asked has the e-value 1.
+        e_value=(sum(e_values) + unasked) / len(parts),
+        anytime_p_value=_union([test.anytime_p_value for test in tests], len(parts)),
+        exact_p_value=_union(exact, len(parts)) if len(exact) == len(parts) else None,
+        smallest_p_value=_union(
+            [smallest_p_value([groups[index].candidates.size for index in part]) for part in parts],
+            len(parts),
+        ),
+        queries=examiner.asked if asked_until_claim is None else asked_until_claim,
+        queries_total=examiner.queries_total,
+        answers=examiner.kind,
+        groups=tuple(examiner.records),
+        t_test=_compare(examiner.compared),
     )
+
+
+def _parts(groups: Sequence[TriggerGroup]) -> list[list[int]]:
+    """Positions of the groups tested together: those with the same `mark`, or all where they have none."""
+    found: dict[object, list[int]] = {}
+    for index, group in enumerate(groups):
+        found.setdefault(getattr(group, "mark", None), []).append(index)
+    return list(found.values())
+
+
+def _union(p_values: Sequence[float], parts: int) -> float:
+    """The p-value of "in some part": the smallest one times the number of parts (Bonferroni)."""
+    return min(1.0, parts * min(p_values))
+
+
+@dataclass(kw_only=True, repr=False)
+class _Examiner:
+    """Puts the questions, part by part, and keeps what came back. No repr: it holds secrets."""
+
+    suspect: Suspect
+    groups: Sequence[_Group]
+    seed: int
+    wanted: Literal["auto", "scores", "labels"]
+    scores_are: ScoreKind
+    batch_size: int
+    progress: Callable[[int, int, str], None] | None
+    queries_total: int
+
+    def __post_init__(self) -> None:
+        self.kind: AnswerKind | None = None if self.wanted == "auto" else self.wanted
+        self.asked = 0
+        self.records: list[GroupRecord] = []
+        self.evidence: dict[int, tuple[FloatArray, int]] = {}
+        self.compared: list[tuple[FloatArray, FloatArray]] = []
+
+    def examine(self, part: Sequence[int], test: SequentialTest, stop_at_claim: bool) -> tuple[float, int]:
+        """Ask the groups of a part; gives e-value and queries so far, both as they stood at the claim."""
+        asked_until_claim, e_value = self.asked, 1.0
+        for place in keyed_order(self.seed, "groups", len(part)):
+            index = part[place]
+            weights, target_rank_, candidates, queries = self._ask_group(index, test)
+            was_claimed = test.claim
+            look = test.add(weights, self.groups[index].target_index)
+            if not was_claimed:
+                asked_until_claim, e_value = self.asked, look.running_e
+            self.records.append(
+                GroupRecord(
+                    index=index,
+                    candidates=candidates,
+                    target_rank=target_rank_,
+                    rank_p_value=target_rank_ / candidates,
+                    e_value=look.e_value,
+                    running_e=look.running_e,
+                    p_value=look.p_value,
+                    queries=queries,
+                )
+            )
+            if look.claim and stop_at_claim:
+                break
+        return e_value, asked_until_claim
+
+    def _ask_group(self, index: int, test: SequentialTest) -> tuple[FloatArray, int, int, int]:
+        """Weights [K], the target's rank, K, and how many triggers were asked."""
+        group = self.groups[index]
+        said: list[npt.NDArray[np.generic]] = []
+        order = keyed_order(self.seed, f"triggers of group {index}", len(group.reference))
+        for start in range(0, len(order), self.batch_size):
+            batch = torch.as_tensor(order[start : start + self.batch_size])
+            with quiet(self.suspect):
+                said.append(ask(self.suspect, group.triggers[batch]))
+            self.asked += len(batch)
+            if self.progress is not None:
+                place = f"group {len(self.records) + 1} of {len(self.groups)}, e-value {test.e_value:.3g}"
+                self.progress(self.asked, self.queries_total, place)
+        self.kind = _kind_of(said, self.kind, self.wanted)
+        rows = np.concatenate(said)[np.argsort(order)]
+        scores, scale_floor, pair = _score(rows, group, self.kind, self.scores_are)
+        weights = DEFAULT_CALIBRATOR.weights(scores, scale_floor=scale_floor)
+        self.evidence[index] = (weights, group.target_index)
+        self.compared.append(pair)
+        return weights, target_rank(scores, group.target_index), scores.size, len(order)
 
 
 @dataclass(frozen=True, repr=False)
