@@ -27,7 +27,8 @@ class ArtifactError(ValueError):
 
 def encode(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> memoryview:
     """The file's bytes, to be written with `honeytrace.files.write_private`."""
-    metadata = {"format": FORMAT, "version": str(VERSION), "fields": json.dumps(fields, sort_keys=True)}
+    # One entry: safetensors writes several in random order, and equal watermarks shall be equal files.
+    metadata = {FORMAT: json.dumps({"version": VERSION, "fields": fields}, sort_keys=True)}
     # save gives bytes; as a memoryview they show in no crash report that lists local variables.
     return memoryview(save({name: t.detach().contiguous() for name, t in tensors.items()}, metadata))
 
@@ -57,13 +58,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
 def _decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
+        if FORMAT not in metadata:
             raise ArtifactError("is a safetensors file, but not a Honeytrace watermark")
-        version = metadata.get("version", "")
-        if version != str(VERSION):
-            known = version if version.isdecimal() and len(version) < 10 else "unknown"
+        held = json.loads(metadata[FORMAT])
+        version = held.get("version") if isinstance(held, dict) else None
+        if type(version) is not int or version != VERSION:
+            known = version if type(version) is int and 0 <= version < 1000 else "unknown"
             raise ArtifactError(f"has format version {known}; this Honeytrace reads {VERSION}")
-        fields = json.loads(metadata["fields"])
+        fields = held.get("fields")
         # Copies: what safe_open gives is the file mapped into memory, and changes when the file does.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     if not isinstance(fields, dict):
