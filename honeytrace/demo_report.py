@@ -11,7 +11,7 @@ from honeytrace.demo import DemoResult, Latency, SuspectResult
 
 def report(result: DemoResult, console: Console) -> None:
     """Print everything a run found."""
-    console.print(str(result.summary), markup=False)
+    console.print(str(result.summary), markup=False, soft_wrap=True)
     console.print()
     console.print(_accuracy(result), markup=False)
     console.print()
@@ -30,32 +30,36 @@ def report(result: DemoResult, console: Console) -> None:
 
 
 def _accuracy(result: DemoResult) -> str:
-    def lost(accuracy: float) -> str:
-        return f"{accuracy:.2%} ({100 * (result.accuracy_bare - accuracy):+.2f} points lost)"
+    def against(accuracy: float) -> str:
+        return f"{accuracy:.2%} ({100 * (accuracy - result.accuracy_bare):+.2f} points)"
 
     return (
-        f"Accuracy on the test images: bare {result.accuracy_bare:.2%}, graded mark alone "
-        f"{lost(result.accuracy_graded)}, all marks {lost(result.accuracy_protected)}"
+        "Accuracy on the test images\n"
+        f"  bare model         {result.accuracy_bare:.2%}\n"
+        f"  graded mark alone  {against(result.accuracy_graded)}\n"
+        f"  all marks          {against(result.accuracy_protected)}"
     )
 
 
 def _suspects(result: DemoResult) -> Table:
     table = Table(
         box=SIMPLE_HEAD,
-        title=f"Suspects at false-claim probability {result.alpha:g}",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title=f"Suspects, at false-claim probability {result.alpha:g}",
         title_justify="left",
         caption=(
-            "hits: share of the flip groups' triggers answered with the target's label. target: mean "
-            "probability of the target on all triggers "
-            f"({result.reference_probability:.4f} for the owner's unmarked reference). "
-            "p, e, queries: of the verdict, by scores. p, labels: when the suspect shows labels only."
+            "hits: share of the flip groups' triggers answered with the target's label. "
+            "target: mean probability of the target on all triggers "
+            f"(owner's reference: {result.reference_probability:.4f}). "
+            "labels: p-value when the suspect shows labels only."
         ),
         caption_justify="left",
     )
     table.add_column("suspect\n  made from", no_wrap=True)
-    for name in ("accuracy", "fidelity", "hits", "target", "p-value", "e-value", "queries", "p, labels"):
+    for name in ("accuracy\nfidelity", "hits\ntarget", "p-value\ne-value", "queries\nof all", "labels"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    table.add_column("verdict\n", no_wrap=True)
     for suspect in result.suspects:
         table.add_row(*_suspect_row(suspect))
     return table
@@ -66,17 +70,15 @@ def _suspect_row(suspect: SuspectResult) -> tuple[str, ...]:
     said = "[bold]CLAIM[/bold]" if verdict.claim else "no claim"
     expectation = "as expected" if suspect.as_expected else "[bold red]NOT expected[/bold red]"
     if suspect.expected is None:
-        expectation = "none expected"
+        expectation = "no promise"
+    hits = "-" if suspect.success_rate is None else f"{suspect.success_rate:.1%}"
     return (
-        f"{suspect.name}\n  {suspect.made_from}",
-        f"{suspect.accuracy:.2%}",
-        f"{suspect.fidelity:.2%}",
-        "-" if suspect.success_rate is None else f"{suspect.success_rate:.1%}",
-        f"{suspect.target_probability:.4f}",
-        f"{verdict.p_value:.2g}",
-        f"{verdict.e_value:.3g}",
-        f"{verdict.queries}/{verdict.queries_total}",
-        f"{suspect.by_labels.p_value:.2g}" + ("*" if suspect.by_labels.claim else ""),
+        f"{suspect.name}\n  [dim]{suspect.made_from}[/dim]",
+        f"{suspect.accuracy:.2%}\n{suspect.fidelity:.2%}",
+        f"{hits}\n{suspect.target_probability:.4f}",
+        f"{verdict.p_value:.2g}\n{verdict.e_value:.3g}",
+        f"{verdict.queries}\n{verdict.queries_total}",
+        f"{suspect.by_labels.p_value:.2g}",
         f"{said}\n[dim]{expectation}[/dim]",
     )
 
@@ -84,6 +86,7 @@ def _suspect_row(suspect: SuspectResult) -> tuple[str, ...]:
 def _latency(rows: tuple[Latency, ...], threads: int) -> Table:
     table = Table(
         box=SIMPLE_HEAD,
+        pad_edge=False,
         title=f"Latency of a call, {threads} thread{'s' if threads > 1 else ''}: medians, timed in turn",
         title_justify="left",
     )

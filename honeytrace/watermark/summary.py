@@ -106,6 +106,7 @@ class Summary:
     def warnings(self, alpha: float = 1e-3) -> list[str]:
         """What this watermark cannot promise, in words; empty when there is nothing to warn of."""
         found = []
+        parts = len({group.mark for group in self.groups})  # each mark is tested at its share of alpha
         for mark, attackers in (
             ("graded", "attackers who use scores"),
             ("flip", "attackers who use labels only"),
@@ -114,7 +115,7 @@ class Summary:
             if not groups or (mark == "flip" and self.flipped == 0):
                 found.append(f"no {mark} mark: nothing is promised against {attackers}")
                 continue
-            best = smallest_p_value([group.candidates for group in groups])
+            best = min(1.0, parts * smallest_p_value([group.candidates for group in groups]))
             if best > alpha:
                 found.append(f"{mark}: even a perfect copy would only reach p = {best:.2g}, not {alpha:g}")
                 continue
@@ -122,9 +123,9 @@ class Summary:
                 len(groups),
                 [group.candidates for group in groups],
                 [max(0.0, min(0.95, group.lift)) for group in groups],
-                alpha,
+                alpha / parts,
             )
-            if chance < 0.5:
+            if chance < 0.25:  # the lift understates how often the target comes first
                 found.append(
                     f"{mark}: a claim at {alpha:g} is unlikely (about {chance:.0%}); {attackers} may get away"
                 )
