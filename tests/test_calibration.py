@@ -364,7 +364,7 @@ def test_a_head_that_is_named():
     assert marked().head == "2"
     with pytest.raises(ValueError, match="head must name a module"):
         mark(head="head")
-    with pytest.raises(ValueError, match="head must name an nn.Linear"):
+    with pytest.raises(ValueError, match=r"head must name an nn\.Linear"):
         mark(head="1")
 
 
