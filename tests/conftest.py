@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -26,6 +27,9 @@ settings.load_profile("honeytrace")
 
 CPU_BACKENDS = ["reference", *(f"cpp-{level}" for level in (_C.simd_levels() if _C is not None else []))]
 """Every backend that runs on CPU tensors here, the compiled core once for each instruction set."""
+
+if os.environ.get("TRITON_INTERPRET") == "1" and registry.unavailable("triton", "cpu") is None:
+    CPU_BACKENDS.insert(1, "triton")  # slow: tests/test_triton.py runs a selection, in a process of its own
 
 
 def _running(spec: str) -> Iterator[str]:

@@ -25,7 +25,7 @@ from typing import Any
 BACKENDS: dict[str, str] = {
     "reference": "honeytrace.ops.reference_backend",
     "cpp": "honeytrace.ops.cpp_backend",
-    "triton": "honeytrace.kernels.backend",
+    "triton": "honeytrace.ops.triton_backend",
     "cuda": "honeytrace.ops.cuda_backend",
 }
 

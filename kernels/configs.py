@@ -1,0 +1,85 @@
+"""Tile sizes of the kernels: one small table, looked up by what decides the choice.
+
+No answer depends on them: every (query, row) pair is accumulated in one order whatever the tile, so a changed
+table changes speed and nothing else (tests/test_triton.py runs several). The figures come from the resource
+reports of the compiler (no spills, at least two blocks on a multiprocessor) and from counting instructions,
+not from measurements on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from .language import INTERPRETED, cdiv
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One launch of a distance kernel.
+
+    Args:
+        block_q, block_m: queries and bank rows of a tile; powers of two.
+        block_d: features of one step of the matrix product (tensor cores only).
+        warps: warps of a program.
+        stages: depth of the software pipeline (tensor cores only).
+        unroll: features that one turn of the inner loop takes (vector units only).
+    """
+
+    block_q: int
+    block_m: int
+    warps: int
+    block_d: int = 32
+    stages: int = 1
+    unroll: int = 4
+
+
+# (path, kind) -> config. Paths: "tile" many queries on vector units, "few" one query at a time, "dot" tensor
+# cores. Kinds: "light" where a difference costs two or three instructions (l1, l2, cosine and exponents by
+# products), "heavy" where it costs a logarithm and an exponential.
+TABLE: dict[tuple[str, str], Config] = {
+    ("tile", "light"): Config(block_q=32, block_m=64, warps=4),
+    ("tile", "heavy"): Config(block_q=32, block_m=32, warps=4, unroll=1),
+    ("few", "light"): Config(block_q=1, block_m=16, warps=4),
+    ("few", "heavy"): Config(block_q=1, block_m=16, warps=4, unroll=1),
+    ("dot", "light"): Config(block_q=64, block_m=64, warps=4, block_d=32, stages=3),
+}
+
+FEW_QUERIES = 16
+"""Below this many queries rows are read for one query at a time: the bank's bytes, not the arithmetic, are
+the limit, and a tile of queries would be mostly empty."""
+
+_INTERPRETER: dict[str, Config] = {
+    "tile": Config(block_q=64, block_m=64, warps=4),
+    "few": Config(block_q=1, block_m=64, warps=4),
+    "dot": Config(block_q=64, block_m=64, warps=4, block_d=64),
+}
+"""The interpreter pays for every operation, not for its elements: large tiles."""
+
+
+def distance_config(path: str, heavy: bool) -> Config:
+    """The config of a path ("tile", "few", "dot")."""
+    if INTERPRETED:
+        return _INTERPRETER[path]
+    return TABLE[path, "heavy" if heavy else "light"]
+
+
+@functools.lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a CUDA device; 1 elsewhere."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def bank_splits(programs: int, tiles: int, device: torch.device, most: int) -> int:
+    """Into how many parts a bank of `tiles` tiles is cut, so that `programs` times them fill the device
+    twice.
+
+    At most `most`, at most `tiles`, at least 1; every part has at least one tile.
+    """
+    wanted = cdiv(2 * multiprocessors(device), max(1, programs))
+    parts = max(1, min(wanted, tiles, most))
+    return cdiv(tiles, cdiv(tiles, parts))  # no empty part at the end
