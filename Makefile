@@ -56,7 +56,7 @@ demo: install
 # Speed ratios first and alone: a second test process beside them would be in the picture.
 test: tools
 	$(PYTEST) -q -m "perf and not gpu" || test $$? -eq 5
-	$(PYTEST) -q -n $(TEST_PROCESSES) -m "not perf and not gpu"
+	$(PYTEST) -q -n $(TEST_PROCESSES) --dist loadgroup -m "not perf and not gpu"
 
 lint: tools
 	$(BIN)/ruff check .

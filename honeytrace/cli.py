@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Everything heavy (torch, rich) is imported where it is used, so that --help and usage errors come at once.
 
-_WIDTH = 84
+_WIDTH = 88
 """Columns of a table where no terminal says how many there are."""
 
 _FILE = click.Path(path_type=Path, dir_okay=False)

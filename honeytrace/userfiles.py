@@ -118,9 +118,10 @@ def load_labelled(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
 
 def _arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise BadInput(f"{path} must be an .npz file with arrays inputs and labels")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise BadInput(f"{path} must be an .npz file with arrays inputs and labels")
+        with file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise BadInput(f"no data at {path}") from None
