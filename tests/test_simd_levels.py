@@ -130,10 +130,10 @@ def compiler() -> str | None:
 @pytest.mark.skipif(compiler() is None or shutil.which("nm") is None, reason="needs a C++ compiler and nm")
 @pytest.mark.parametrize("level", _C.build_info()["levels"])
 def test_a_level_exports_no_function_that_another_could_pick_up(level, tmp_path):
-    """Or the linker would merge an inline function that was compiled for AVX-512 with its namesake that was not.
+    """Or the linker would merge an inline function compiled for AVX-512 with its namesake that was not.
 
-    Which of the two stays is chance, and on an old machine the wrong one is an illegal instruction. So each symbol
-    that may be merged carries its level's namespace. No optimisation here, lest inlining hide one.
+    Which of the two stays is chance, and on an old machine the wrong one is an illegal instruction. So each
+    symbol that may be merged carries its level's namespace. No optimisation, lest inlining hide one.
     """
     flags = {"avx2": ["-mavx2", "-mfma", "-mf16c"]}
     flags["avx512"] = [*flags["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
