@@ -98,7 +98,7 @@ def calibrate(
         graded_groups, flip_groups: how many of each. Default 8 and 8: a claim at 1e-3 stands when a third of
             them fail (10 classes).
         strength: largest weight of a graded target, in (0, 1). Default 0.2; halved until the graded mark
-            costs no more than a tenth of a point.
+            costs no more than a tenth of a point, nor more than max_accuracy_drop.
         graded_share: share of likely queries that each graded group marks. Default 0.02.
         triggers_per_group: inputs a suspect will be asked in each group. Default 16.
         validation: labelled samples to measure accuracy on, best ones the model was not trained on. Default:
@@ -206,7 +206,7 @@ def calibrate(
         key=key,
     )
     report(2, 4, "fitting the graded mark")
-    strength = _fit_strength(parts, checked, strength)
+    strength = _fit_strength(parts, checked, strength, min(_FREE, max_accuracy_drop))
     report(3, 4, "fitting the flips")
     share = _fit_flips(parts, checked, strength, max_accuracy_drop) if flipped else 0.0
     watermark = parts.build(strength, share)
@@ -412,8 +412,8 @@ def _cost(parts: _Parts, checked: Samples, watermark: Watermark) -> _Cost:
     )
 
 
-def _fit_strength(parts: _Parts, checked: Samples, strength: float) -> float:
-    while _cost(parts, checked, parts.build(strength, 0.0)).drop > _FREE and strength > 1e-3:
+def _fit_strength(parts: _Parts, checked: Samples, strength: float, free: float) -> float:
+    while _cost(parts, checked, parts.build(strength, 0.0)).drop > free and strength > 1e-3:
         strength /= 2
     return strength
 
