@@ -54,7 +54,7 @@ def test_no_more_accuracy_is_lost_than_was_allowed(key, budget):
 
 
 def test_labels_that_flatter_the_price_do_not_loosen_the_budget():
-    """Where the model is wrong anyway, flips cost nothing by the labels; its own probabilities know better."""
+    """Where the model is wrong anyway flips cost nothing by the labels; its own probabilities know better."""
     x, y = blobs().test
     summary = mark(validation=(x, (y + 1) % 10)).summary
     assert summary.accuracy < 0.1
