@@ -162,12 +162,13 @@ def secrets(watermark: Watermark, key: SecretKey) -> dict[str, str]:
         seed = key.seed(purpose)
         for name, form in (("decimal", str(seed)), ("hex", f"{seed:x}"), ("signed", str(seed - 2**64))):
             found[f"seed {purpose} {name}"] = form
-    tensors = {n: t for n, t in watermark._plain()[0].items() if not n.startswith("reference")}
-    for name, tensor in tensors.items():
+    for name, tensor in watermark._plain()[0].items():
+        if name.startswith("reference") or not tensor.is_floating_point():
+            continue
         values = [float(v) for v in tensor.flatten()[:400]]
         for i, (v, w) in enumerate(itertools.pairwise(values)):
             found[f"{name} {i}, printed by torch"] = f"{v:.4f}, {w: .4f}"
-            if abs(v) not in (0.0, 1.0):
+            if len(repr(v)) > 7:  # shorter ones stand in any text
                 found[f"{name} {i}"] = repr(v)
     return found
 
