@@ -68,8 +68,8 @@ size_t planes_of(int64_t n_planes) {
     return static_cast<size_t>(n_planes);
 }
 
-Mixing mixing_of(Address target_logits, size_t groups, const RuleTuple& rule, uint64_t seed, Address out,
-                 Address group, Address flipped) {
+Mixing mixing_of(Address target_logits, size_t groups, const RuleTuple& rule, uint64_t seed, Address out, Address group,
+                 Address flipped) {
     MixingRule mixing{};
     std::tie(mixing.low_confidence, mixing.low_power, mixing.high_confidence, mixing.high_power, mixing.space,
              mixing.strength, mixing.mixing_power, mixing.flip_power, mixing.flip_bins) = rule;
@@ -102,11 +102,10 @@ void py_sign_hash(Address features_ptr, int dtype, int64_t batch, int64_t featur
               planes_of(n_planes), at<int64_t>(bucket), at_least(1, "threads", threads));
 }
 
-void py_watermark_mix(Address logits, int dtype, int64_t batch, int64_t classes, int64_t row_stride,
-                      Address similarity, Address target_logits, Address bucket, int64_t groups, const RuleTuple& rule,
-                      uint64_t seed, Address out, Address group, Address flipped, int64_t threads) {
-    const Mixing mixing =
-        mixing_of(target_logits, at_least(1, "groups", groups), rule, seed, out, group, flipped);
+void py_watermark_mix(Address logits, int dtype, int64_t batch, int64_t classes, int64_t row_stride, Address similarity,
+                      Address target_logits, Address bucket, int64_t groups, const RuleTuple& rule, uint64_t seed,
+                      Address out, Address group, Address flipped, int64_t threads) {
+    const Mixing mixing = mixing_of(target_logits, at_least(1, "groups", groups), rule, seed, out, group, flipped);
     watermark_mix(rows_of(logits, dtype, batch, classes, row_stride, "classes"), at<const float>(similarity),
                   at<const int64_t>(bucket), mixing, at_least(1, "threads", threads));
 }
@@ -115,8 +114,8 @@ void py_watermark(Address features_ptr, int features_dtype, int64_t batch, int64
                   Address logits_ptr, int logits_dtype, int64_t classes, int64_t logits_stride, Address packed,
                   Address norms, int64_t groups, int64_t rows, Address target_logits, Address planes, int64_t n_planes,
                   int64_t k, int metric, double p, Address offset, Address scale, double confidence_weight,
-                  const RuleTuple& rule, uint64_t seed, Address out, Address similarity, Address group,
-                  Address flipped, int64_t threads) {
+                  const RuleTuple& rule, uint64_t seed, Address out, Address similarity, Address group, Address flipped,
+                  int64_t threads) {
     const RowSource queries = rows_of(features_ptr, features_dtype, batch, features, features_stride, "features");
     const RowSource logits = rows_of(logits_ptr, logits_dtype, batch, classes, logits_stride, "classes");
     const Bank bank = bank_of(packed, norms, groups, rows, queries.columns);
@@ -130,8 +129,7 @@ void py_watermark(Address features_ptr, int features_dtype, int64_t batch, int64
 std::tuple<uint32_t, uint32_t, uint32_t, uint32_t> py_philox(std::tuple<uint32_t, uint32_t, uint32_t, uint32_t> counter,
                                                              std::tuple<uint32_t, uint32_t> key) {
     const auto [c0, c1, c2, c3] = counter;
-    const baseline::PhiloxWords out =
-        baseline::philox4x32_10({{c0, c1, c2, c3}}, std::get<0>(key), std::get<1>(key));
+    const baseline::PhiloxWords out = baseline::philox4x32_10({{c0, c1, c2, c3}}, std::get<0>(key), std::get<1>(key));
     return {out.word[0], out.word[1], out.word[2], out.word[3]};
 }
 
@@ -161,10 +159,10 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.def("sign_hash", &py_sign_hash, Release(), py::arg("features_ptr"), py::arg("dtype"), py::arg("batch"),
                py::arg("features"), py::arg("row_stride"), py::arg("planes_ptr"), py::arg("n_planes"),
                py::arg("bucket_ptr"), py::arg("threads"));
-    module.def("watermark_mix", &py_watermark_mix, Release(), py::arg("logits_ptr"), py::arg("dtype"),
-               py::arg("batch"), py::arg("classes"), py::arg("row_stride"), py::arg("similarity_ptr"),
-               py::arg("target_logits_ptr"), py::arg("bucket_ptr"), py::arg("groups"), py::arg("rule"),
-               py::arg("seed"), py::arg("out_ptr"), py::arg("group_ptr"), py::arg("flipped_ptr"), py::arg("threads"));
+    module.def("watermark_mix", &py_watermark_mix, Release(), py::arg("logits_ptr"), py::arg("dtype"), py::arg("batch"),
+               py::arg("classes"), py::arg("row_stride"), py::arg("similarity_ptr"), py::arg("target_logits_ptr"),
+               py::arg("bucket_ptr"), py::arg("groups"), py::arg("rule"), py::arg("seed"), py::arg("out_ptr"),
+               py::arg("group_ptr"), py::arg("flipped_ptr"), py::arg("threads"));
     module.def("watermark", &py_watermark, Release(), py::arg("features_ptr"), py::arg("features_dtype"),
                py::arg("batch"), py::arg("features"), py::arg("features_stride"), py::arg("logits_ptr"),
                py::arg("logits_dtype"), py::arg("classes"), py::arg("logits_stride"), py::arg("packed_ptr"),

@@ -82,8 +82,9 @@ const Kernels* find_level(const std::string& name, const char* argument) {
         if (name == level.kernels->name) return level.kernels;
         usable += (usable.empty() ? "" : ", ") + std::string(level.kernels->name);
     }
-    throw std::invalid_argument(std::string(argument) + " must be one of the levels this build and this machine can run (" +
-                                usable + "), got '" + name + "'");
+    throw std::invalid_argument(std::string(argument) +
+                                " must be one of the levels this build and this machine can run (" + usable +
+                                "), got '" + name + "'");
 }
 
 std::atomic<const Kernels*> current{nullptr};

@@ -27,12 +27,14 @@ template <int QT, int NP, class M>
 HT_INLINE void tile_sums(const M& metric, const float* queries, const float* panels, const Lanes* inverse_norms,
                          size_t features, Lanes* sums) {
     const size_t panel_floats = features * kLanes;
-    HT_UNROLL for (int i = 0; i < QT * NP; ++i) sums[i] = fill(0.0f);
+    HT_UNROLL for (int i = 0; i < QT * NP; ++i)
+        sums[i] = fill(0.0f);
     for (size_t begin = 0; begin < features; begin += kFeatureBlock) {
         const size_t end = begin + kFeatureBlock < features ? begin + kFeatureBlock : features;
         Lanes sum[QT][NP];
         HT_UNROLL for (int q = 0; q < QT; ++q) {
-            HT_UNROLL for (int n = 0; n < NP; ++n) sum[q][n] = fill(0.0f);
+            HT_UNROLL for (int n = 0; n < NP; ++n)
+                sum[q][n] = fill(0.0f);
         }
         const float* query = queries + begin * QT;
         const float* panel = panels + begin * kLanes;
@@ -48,7 +50,8 @@ HT_INLINE void tile_sums(const M& metric, const float* queries, const float* pan
             }
         }
         HT_UNROLL for (int q = 0; q < QT; ++q) {
-            HT_UNROLL for (int n = 0; n < NP; ++n) sums[q * NP + n] = add(sums[q * NP + n], sum[q][n]);
+            HT_UNROLL for (int n = 0; n < NP; ++n)
+                sums[q * NP + n] = add(sums[q * NP + n], sum[q][n]);
         }
     }
 }
@@ -140,8 +143,8 @@ HT_INLINE void offer_panel(SmallestK& smallest, Lanes distance, size_t first_row
 }
 
 template <int QT, int NP, class M>
-__attribute__((noinline)) void tile(const M& metric, const DistanceTask& task, const float* queries,
-                                    size_t first_query, size_t panel, SmallestK* smallest) {
+__attribute__((noinline)) void tile(const M& metric, const DistanceTask& task, const float* queries, size_t first_query,
+                                    size_t panel, SmallestK* smallest) {
     Lanes inverse_norms[NP];
     if constexpr (M::kCosine) {
         HT_UNROLL for (int n = 0; n < NP; ++n) {
@@ -177,8 +180,7 @@ HT_INLINE void query_tiles(const M& metric, const DistanceTask& task, size_t* qu
     // A tile of few queries takes more panels, to have enough independent sums in flight.
     constexpr int kPanels = QT >= 16 ? 1 : (QT >= 8 ? kPanelsOf8 : (QT >= 4 ? kPanelsOf4 : kPanelsOf1));
     for (; *query + QT <= task.batch; *query += QT)
-        tile_panels<QT, kPanels>(metric, task, task.tiles + *query * task.features, *query, panel, end,
-                                                smallest);
+        tile_panels<QT, kPanels>(metric, task, task.tiles + *query * task.features, *query, panel, end, smallest);
 }
 
 // Queries of one tile side by side, features in order: [features][QT].
@@ -187,8 +189,10 @@ HT_INLINE void pack_queries(const DistanceTask& task, size_t* query) {
     for (; *query + QT <= task.batch; *query += QT) {
         const float* rows = task.queries + *query * task.query_stride;
         float* out = task.tiles + *query * task.features;
-        for (size_t d = 0; d < task.features; ++d, out += QT)
-            HT_UNROLL for (int q = 0; q < QT; ++q) out[q] = rows[q * task.query_stride + d];
+        for (size_t d = 0; d < task.features; ++d, out += QT) {
+            HT_UNROLL for (int q = 0; q < QT; ++q)
+                out[q] = rows[q * task.query_stride + d];
+        }
     }
 }
 

@@ -44,7 +44,7 @@ struct DistanceTask {
     float* tiles;         // scratch [batch * features]
     uint64_t* keys;       // scratch [batch * k]
     SmallestK* smallest;  // scratch [batch]
-    float* distance;  // element of query i at distance[i * distance_stride]
+    float* distance;      // element of query i at distance[i * distance_stride]
     size_t distance_stride;
     int32_t* index;  // k of query i at index[i * index_stride], or null
     size_t index_stride;

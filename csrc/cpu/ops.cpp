@@ -155,8 +155,8 @@ double work_of(const Bank& bank, size_t batch) {
 }
 
 void store_one(void* row, DType dtype, size_t column, double value) {
-    const float rounded = static_cast<float>(std::clamp(value, -double{baseline::kLargestFloat32},
-                                                        double{baseline::kLargestFloat32}));
+    const float rounded =
+        static_cast<float>(std::clamp(value, -double{baseline::kLargestFloat32}, double{baseline::kLargestFloat32}));
     if (dtype == DType::kFloat32) {
         static_cast<float*>(row)[column] = rounded;
     } else {
@@ -224,8 +224,8 @@ void mix_block(const LogitsBlock& block, const float* similarity, const int64_t*
         }
         const float* target = mixing.target_logits + group * classes;
         const baseline::Decision decision =
-            baseline::decide(mixing.rule, strongest, block.confidence[i], mixing.seed,
-                             static_cast<uint64_t>(bucket[i]), static_cast<uint32_t>(group));
+            baseline::decide(mixing.rule, strongest, block.confidence[i], mixing.seed, static_cast<uint64_t>(bucket[i]),
+                             static_cast<uint32_t>(group));
         mixing.flipped[begin + i] = decision.flipped;
         if (decision.flipped) {
             for (size_t c = 0; c < classes; ++c) store_one(out, block.source.dtype, c, target[c]);

@@ -26,17 +26,17 @@ struct LaneMask {
     RegMask r[kRegisters];
 };
 
-#define HT_BINARY(name, op)                              \
-    HT_INLINE Lanes name(Lanes a, Lanes b) {             \
-        Lanes out;                                       \
-        HT_EACH_REGISTER out.r[i] = op(a.r[i], b.r[i]);  \
-        return out;                                      \
+#define HT_BINARY(name, op)                             \
+    HT_INLINE Lanes name(Lanes a, Lanes b) {            \
+        Lanes out;                                      \
+        HT_EACH_REGISTER out.r[i] = op(a.r[i], b.r[i]); \
+        return out;                                     \
     }
-#define HT_UNARY(name, op)                       \
-    HT_INLINE Lanes name(Lanes a) {              \
-        Lanes out;                               \
-        HT_EACH_REGISTER out.r[i] = op(a.r[i]);  \
-        return out;                              \
+#define HT_UNARY(name, op)                      \
+    HT_INLINE Lanes name(Lanes a) {             \
+        Lanes out;                              \
+        HT_EACH_REGISTER out.r[i] = op(a.r[i]); \
+        return out;                             \
     }
 
 HT_BINARY(add, reg_add)

@@ -48,9 +48,13 @@ HT_INLINE RegInt int_add(RegInt a, RegInt b) { return _mm256_add_epi32(a, b); }
 HT_INLINE RegInt int_sub(RegInt a, RegInt b) { return _mm256_sub_epi32(a, b); }
 HT_INLINE RegInt int_and(RegInt a, RegInt b) { return _mm256_and_si256(a, b); }
 template <int N>
-HT_INLINE RegInt int_shift_left(RegInt a) { return _mm256_slli_epi32(a, N); }
+HT_INLINE RegInt int_shift_left(RegInt a) {
+    return _mm256_slli_epi32(a, N);
+}
 template <int N>
-HT_INLINE RegInt int_shift_right(RegInt a) { return _mm256_srai_epi32(a, N); }
+HT_INLINE RegInt int_shift_right(RegInt a) {
+    return _mm256_srai_epi32(a, N);
+}
 HT_INLINE RegInt int_from(Reg a) { return _mm256_cvtps_epi32(a); }
 HT_INLINE Reg reg_from(RegInt a) { return _mm256_cvtepi32_ps(a); }
 HT_INLINE Reg reg_load_float16(const uint16_t* p) {

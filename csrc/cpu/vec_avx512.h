@@ -61,9 +61,13 @@ HT_INLINE RegInt int_add(RegInt a, RegInt b) { return _mm512_add_epi32(a, b); }
 HT_INLINE RegInt int_sub(RegInt a, RegInt b) { return _mm512_sub_epi32(a, b); }
 HT_INLINE RegInt int_and(RegInt a, RegInt b) { return _mm512_and_si512(a, b); }
 template <int N>
-HT_INLINE RegInt int_shift_left(RegInt a) { return _mm512_slli_epi32(a, N); }
+HT_INLINE RegInt int_shift_left(RegInt a) {
+    return _mm512_slli_epi32(a, N);
+}
 template <int N>
-HT_INLINE RegInt int_shift_right(RegInt a) { return _mm512_srai_epi32(a, N); }
+HT_INLINE RegInt int_shift_right(RegInt a) {
+    return _mm512_srai_epi32(a, N);
+}
 HT_INLINE RegInt int_from(Reg a) { return _mm512_cvtps_epi32(a); }
 HT_INLINE Reg reg_from(RegInt a) { return _mm512_cvtepi32_ps(a); }
 HT_INLINE Reg reg_load_float16(const uint16_t* p) {

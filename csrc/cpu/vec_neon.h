@@ -50,9 +50,13 @@ HT_INLINE RegInt int_add(RegInt a, RegInt b) { return vaddq_s32(a, b); }
 HT_INLINE RegInt int_sub(RegInt a, RegInt b) { return vsubq_s32(a, b); }
 HT_INLINE RegInt int_and(RegInt a, RegInt b) { return vandq_s32(a, b); }
 template <int N>
-HT_INLINE RegInt int_shift_left(RegInt a) { return vshlq_n_s32(a, N); }
+HT_INLINE RegInt int_shift_left(RegInt a) {
+    return vshlq_n_s32(a, N);
+}
 template <int N>
-HT_INLINE RegInt int_shift_right(RegInt a) { return vshrq_n_s32(a, N); }
+HT_INLINE RegInt int_shift_right(RegInt a) {
+    return vshrq_n_s32(a, N);
+}
 HT_INLINE RegInt int_from(Reg a) { return vcvtnq_s32_f32(a); }
 HT_INLINE Reg reg_from(RegInt a) { return vcvtq_f32_s32(a); }
 HT_INLINE Reg reg_load_float16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }

@@ -54,7 +54,9 @@ HT_INLINE RegInt int_shift_left(RegInt a) {
     return (RegInt)((Unsigned)a << N);
 }
 template <int N>
-HT_INLINE RegInt int_shift_right(RegInt a) { return a >> N; }
+HT_INLINE RegInt int_shift_right(RegInt a) {
+    return a >> N;
+}
 HT_INLINE RegInt int_from(Reg a) { return __builtin_convertvector(a, RegInt); }
 HT_INLINE Reg reg_from(RegInt a) { return __builtin_convertvector(a, Reg); }
 HT_INLINE Reg reg_load_float16(const uint16_t* p) {
