@@ -445,7 +445,7 @@ def test_the_verdict_is_the_same_for_keys_that_differ_only_in_secrets(caplog, ca
 # Speed
 
 
-def test_100_000_recorded_answers_take_less_than_a_second():
+def test_100_000_recorded_answers_take_less_than_a_second_of_work():
     rng = np.random.default_rng(0)
     groups = []
     for g in range(8):
@@ -455,7 +455,7 @@ def test_100_000_recorded_answers_take_less_than_a_second():
             Group((g, g + 1), candidates, candidates[0], torch.zeros(12_500, 1), probabilities.log())
         )
     recorded = torch.tensor(rng.dirichlet(np.ones(CLASSES), 12_500), dtype=torch.float32)
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: the clock on the wall counts the neighbours too
     verdict = verify(lambda x: recorded, FakeWatermark(groups), KEY, stop_at_claim=False, batch_size=12_500)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert verdict.queries_total == 100_000
