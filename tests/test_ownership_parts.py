@@ -108,12 +108,13 @@ def test_one_mark_alone_is_one_test_at_the_whole_alpha():
 def test_groups_keep_their_places_and_asking_stops_with_the_first_part_that_claims():
     rng = np.random.default_rng(4)
     wm = watermark("sfsfsfsfsfsf", rng)
-    found = verify(suspect(rng, wm, "graded"), wm, None)
+    found = verify(suspect(rng, wm, "flip"), wm, None)
     assert found.claim
-    assert {wm.groups[record.index].mark for record in found.groups} == {"graded"}
+    # Flips first: who learned them is claimed before the graded groups are asked.
+    assert {wm.groups[record.index].mark for record in found.groups} == {"flip"}
     assert found.queries == TRIGGERS * len(found.groups)
     assert found.exact_p_value is None
-    whole = verify(suspect(rng, wm, "flip"), wm, None, stop_at_claim=False)
+    whole = verify(suspect(rng, wm, "graded"), wm, None, stop_at_claim=False)
     assert sorted(record.index for record in whole.groups) == list(range(12))
     assert whole.exact_p_value is not None
     assert TRIGGERS * 6 < whole.queries < TRIGGERS * 12

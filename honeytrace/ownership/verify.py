@@ -12,9 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from honeytrace.ownership import ladder
 from honeytrace.ownership.answers import (
     AnswerKind,
     FloatArray,
+    IntArray,
     ScoreKind,
     clean_labels,
     clean_scores,
@@ -92,6 +94,7 @@ def verify(
     stop_at_claim: bool = True,
     batch_size: int = 256,
     progress: Callable[[int, int, str], None] | None = None,
+    triggers: int | None = None,
 ) -> Verdict:
     """Ask a suspect about the watermark's triggers and decide whether it learned from protected answers.
 
@@ -104,6 +107,11 @@ def verify(
     its equal share of alpha: the claim is made where one of them claims. A copy carries one mark and not the
     other when its maker used scores or labels only, and in one common test the groups it does not carry
     drown those it does.
+
+    By scores, a few triggers of each group are asked. By labels, where the groups have roads to their
+    candidates (probes.py), the first trigger's neighbourhood is asked instead, step by step (ladder.py): a
+    copy seldom says the target, but comes nearer to saying it. Flip groups come first: copies that learned
+    them are claimed before the graded ones are asked.
 
     Args:
         suspect: any callable from inputs float32 [n, ...] to scores [n, C] or labels [n] (tensors, arrays,
@@ -122,7 +130,9 @@ def verify(
             stays as it was made, and the fixed-sample p-value is known.
         batch_size: most inputs given to the suspect at once, >= 1. Groups are never mixed in a batch.
         progress: called after each batch with (queries so far, queries in all, a short text with the running
-            e-value; nothing secret).
+            e-value; nothing secret). By labels the whole number is an upper bound.
+        triggers: how many triggers of each group to ask by scores, the first ones. Default: the watermark's
+            `questions_per_group` where it has one, else all. Declare it beforehand.
 
     Returns:
         A Verdict. Its text and dict hold nothing secret.
@@ -132,10 +142,11 @@ def verify(
         ValueError: an argument is out of range, the key is not the watermark's, the suspect's answers have an
             impossible shape or change between scores and labels, or a group has fewer than 3 candidates.
     """
-    _check_arguments(suspect, answers, scores_are, batch_size)
+    _check_arguments(suspect, answers, scores_are, batch_size, triggers)
     watermark.opened(key)
+    most = getattr(watermark, "questions_per_group", None) if triggers is None else triggers
     groups = [
-        _read_group(group, index, watermark.num_classes) for index, group in enumerate(watermark.groups)
+        _read_group(group, index, watermark.num_classes, most) for index, group in enumerate(watermark.groups)
     ]
     if not groups:
         raise ValueError("watermark must have at least one trigger group, got none")
@@ -148,7 +159,7 @@ def verify(
         scores_are=scores_are,
         batch_size=batch_size,
         progress=progress,
-        queries_total=sum(len(group.reference) for group in groups),
+        num_classes=watermark.num_classes,
     )
     tests: list[SequentialTest] = []
     e_values: list[float] = []
@@ -197,7 +208,7 @@ def _parts(groups: Sequence[TriggerGroup]) -> list[list[int]]:
     found: dict[object, list[int]] = {}
     for index, group in enumerate(groups):
         found.setdefault(getattr(group, "mark", None), []).append(index)
-    return list(found.values())
+    return [found[mark] for mark in sorted(found, key=lambda mark: mark != "flip")]
 
 
 def _union(p_values: Sequence[float], parts: int) -> float:
@@ -216,7 +227,7 @@ class _Examiner:
     scores_are: ScoreKind
     batch_size: int
     progress: Callable[[int, int, str], None] | None
-    queries_total: int
+    num_classes: int
 
     def __post_init__(self) -> None:
         self.kind: AnswerKind | None = None if self.wanted == "auto" else self.wanted
@@ -252,25 +263,63 @@ class _Examiner:
         return e_value, asked_until_claim
 
     def _ask_group(self, index: int, test: SequentialTest) -> tuple[FloatArray, int, int, int]:
-        """Weights [K], the target's rank, K, and how many triggers were asked."""
+        """Weights [K], the target's rank, K, and how many questions were asked."""
         group = self.groups[index]
+        before = self.asked
+        if self.kind is None and group.roads is not None:
+            self._find_kind(group, test)
+        if self.kind == "labels" and group.roads is not None:
+            scores, scale_floor = self._climb(index, group, test), ladder.SCORE_NOISE
+        else:
+            order = keyed_order(self.seed, f"triggers of group {index}", len(group.reference))
+            rows = self._put(group.triggers[torch.as_tensor(order)], test)[np.argsort(order)]
+            assert self.kind is not None
+            scores, scale_floor, pair = _score(rows, group, self.kind, self.scores_are)
+            self.compared.append(pair)
+        weights = DEFAULT_CALIBRATOR.weights(scores, scale_floor=scale_floor)
+        self.evidence[index] = (weights, group.target_index)
+        return weights, target_rank(scores, group.target_index), scores.size, self.asked - before
+
+    def _find_kind(self, group: _Group, test: SequentialTest) -> None:
+        """One question, to learn whether the suspect gives scores or labels; its answer is not used."""
+        self._put(group.triggers[:1], test)
+
+    def _climb(self, index: int, group: _Group, test: SequentialTest) -> FloatArray:
+        """Scores [K] from labels along the group's roads."""
+        assert group.roads is not None
+        ends, turns = group.roads
+        order = keyed_order(self.seed, f"candidates of group {index}", group.candidates.size)
+        climber = ladder.climb(group.triggers[0], ends, turns, group.candidates, order)
+        questions = next(climber)
+        while True:
+            rows = self._put(questions, test)
+            try:
+                questions = climber.send(_labels_of(rows, self.num_classes, self.scores_are))
+            except StopIteration as end:
+                scores: FloatArray = end.value
+                return scores
+
+    def _put(self, questions: Tensor, test: SequentialTest) -> npt.NDArray[np.generic]:
+        """The answers to these questions, in their order; settles what kind of answers the suspect gives."""
         said: list[npt.NDArray[np.generic]] = []
-        order = keyed_order(self.seed, f"triggers of group {index}", len(group.reference))
-        for start in range(0, len(order), self.batch_size):
-            batch = torch.as_tensor(order[start : start + self.batch_size])
+        for batch in torch.split(questions, self.batch_size):
             with quiet(self.suspect):
-                said.append(ask(self.suspect, group.triggers[batch]))
+                said.append(ask(self.suspect, batch))
             self.asked += len(batch)
             if self.progress is not None:
                 place = f"group {len(self.records) + 1} of {len(self.groups)}, e-value {test.e_value:.3g}"
-                self.progress(self.asked, self.queries_total, place)
+                self.progress(self.asked, max(self.asked, self.queries_total), place)
         self.kind = _kind_of(said, self.kind, self.wanted)
-        rows = np.concatenate(said)[np.argsort(order)]
-        scores, scale_floor, pair = _score(rows, group, self.kind, self.scores_are)
-        weights = DEFAULT_CALIBRATOR.weights(scores, scale_floor=scale_floor)
-        self.evidence[index] = (weights, group.target_index)
-        self.compared.append(pair)
-        return weights, target_rank(scores, group.target_index), scores.size, len(order)
+        return np.concatenate(said)
+
+    @property
+    def queries_total(self) -> int:
+        """Questions of all groups; by labels along roads at most these."""
+        total = 0
+        for group in self.groups:
+            by_road = group.roads is not None and self.kind != "scores"
+            total += ladder.most_questions(group.candidates.size) if by_road else len(group.reference)
+        return total
 
 
 @dataclass(frozen=True, repr=False)
@@ -281,9 +330,10 @@ class _Group:
     target_index: int
     triggers: Tensor
     reference: FloatArray
+    roads: tuple[Tensor, list[list[int]]] | None
 
 
-def _read_group(group: TriggerGroup, index: int, num_classes: int) -> _Group:
+def _read_group(group: TriggerGroup, index: int, num_classes: int, most: int | None) -> _Group:
     """Errors here name the group and what is wrong, never a target or a trigger."""
     candidates = np.asarray(list(group.candidates), dtype=np.int64)
     if candidates.size < FEWEST_CANDIDATES:
@@ -301,10 +351,14 @@ def _read_group(group: TriggerGroup, index: int, num_classes: int) -> _Group:
             f"group {index}: reference_log_probs must have shape [n, C] for n={len(group.triggers)} >= 1 "
             f"triggers and C={num_classes}, got {list(reference.shape)}"
         )
-    return _Group(candidates, int(position[0]), group.triggers.detach(), reference)
+    ends, turns = getattr(group, "ends", None), getattr(group, "turns", None)
+    roads = None if ends is None or turns is None else (ends.detach(), turns.tolist())
+    return _Group(candidates, int(position[0]), group.triggers.detach()[:most], reference[:most], roads)
 
 
-def _check_arguments(suspect: Suspect, answers: str, scores_are: str, batch_size: int) -> None:
+def _check_arguments(
+    suspect: Suspect, answers: str, scores_are: str, batch_size: int, triggers: int | None
+) -> None:
     if not callable(suspect):
         raise TypeError(f"suspect must be callable, got {type(suspect).__name__}")
     if answers not in ("auto", "scores", "labels"):
@@ -313,6 +367,8 @@ def _check_arguments(suspect: Suspect, answers: str, scores_are: str, batch_size
         raise ValueError(f"scores_are must be 'auto', 'probabilities' or 'logits', got {scores_are!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if triggers is not None and triggers < 1:
+        raise ValueError(f"triggers must be at least 1 or None, got {triggers}")
 
 
 def _kind_of(said: list[npt.NDArray[np.generic]], kind: AnswerKind | None, wanted: str) -> AnswerKind:
@@ -346,11 +402,20 @@ def _score(
     return scores, 1 / len(labels), hits  # one answer more or less is no evidence
 
 
+def _labels_of(rows: npt.NDArray[np.generic], num_classes: int, scores_are: ScoreKind) -> IntArray:
+    """[n] top-1 labels of an answer that is labels [n] or scores [n, C]."""
+    if rows.ndim == 2:
+        return top_labels(clean_scores(rows, num_classes=num_classes, scores_are=scores_are))
+    return clean_labels(rows, num_classes=num_classes)
+
+
 def _columns(evidence: list[tuple[FloatArray, int]]) -> tuple[list[FloatArray], list[int]]:
     return [weights for weights, _ in evidence], [index for _, index in evidence]
 
 
 def _compare(compared: list[tuple[FloatArray, FloatArray]]) -> TTest | None:
+    if not compared:
+        return None  # by labels along roads there are no answers to the triggers themselves
     suspect = np.concatenate([pair[0] for pair in compared])
     reference = np.concatenate([pair[1] for pair in compared])
     if suspect.size < 2 or not math.isfinite(float(suspect.sum() + reference.sum())):

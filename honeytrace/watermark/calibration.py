@@ -21,6 +21,7 @@ from honeytrace.training import Progress, predict
 from honeytrace.watermark.groups import TriggerGroup, draw_target
 from honeytrace.watermark.head import evaluating, features_and_logits, find_head, get_head
 from honeytrace.watermark.key import KeyStream, SecretKey
+from honeytrace.watermark.probes import MOST_CLASSES, roads
 from honeytrace.watermark.proposals import (
     MIXING_POWER,
     NEIGHBOURS,
@@ -196,11 +197,14 @@ def calibrate(
     proposals = [*graded, *flipped]
 
     asked = reference if reference is not None else model
+    known = predict(asked, pool.inputs.float(), batch_size=batch_size).float().softmax(dim=1).cpu()
     parts = _Parts(
         likely=likely,
-        target_logits=class_logits(owner),
+        class_logits=class_logits(owner),
         planes=centred_planes(key, owner.features),
-        groups=tuple(_group(key, proposal, asked, batch_size) for proposal in proposals),
+        groups=tuple(
+            _group(key, proposal, model, asked, pool, known, chooser, batch_size) for proposal in proposals
+        ),
         proposals=tuple(proposals),
         head=name,
         key=key,
@@ -220,7 +224,7 @@ class _Parts:
     """All that is fixed before strength and flip share are fitted."""
 
     likely: Samples
-    target_logits: Tensor
+    class_logits: Tensor
     planes: Tensor
     groups: tuple[TriggerGroup, ...]
     proposals: tuple[Proposal, ...]
@@ -252,7 +256,8 @@ class _Parts:
         return Watermark(
             rule=rule,
             bank=Bank(torch.stack([proposal.rows for proposal in self.proposals])),
-            target_logits=self.target_logits[[group.target for group in self.groups]],
+            target_logits=self.class_logits[[group.target for group in self.groups]],
+            class_logits=self.class_logits,
             planes=self.planes,
             seed=self.key.seed("flips"),
             groups=self.groups,
@@ -362,10 +367,22 @@ def _apart(proposals: list[Proposal], count: int) -> list[Proposal]:
     return kept
 
 
-def _group(key: SecretKey, proposal: Proposal, reference: nn.Module, batch_size: int) -> TriggerGroup:
+def _group(
+    key: SecretKey,
+    proposal: Proposal,
+    model: nn.Module,
+    reference: nn.Module,
+    pool: Samples,
+    known: Tensor,
+    chooser: KeyStream,
+    batch_size: int,
+) -> TriggerGroup:
     triggers = proposal.triggers.float()
     logits = predict(reference, triggers, batch_size=batch_size)
     candidates = tuple(c for c in range(logits.shape[1]) if c not in proposal.sources)
+    ends, turns = None, None
+    if logits.shape[1] <= MOST_CLASSES:
+        ends, turns = roads(model, reference, triggers[0], candidates, pool, known, chooser, batch_size)
     return TriggerGroup(
         family=proposal.family,
         mark=proposal.mark,
@@ -374,6 +391,8 @@ def _group(key: SecretKey, proposal: Proposal, reference: nn.Module, batch_size:
         target=draw_target(key, triggers, candidates),
         triggers=triggers,
         reference_log_probs=logits.float().log_softmax(dim=1).cpu(),
+        ends=ends,
+        turns=turns,
     )
 
 

@@ -30,6 +30,8 @@ class TriggerGroup:
             group.
         triggers: float32 [n, ...], what a suspect will be asked.
         reference_log_probs: float32 [n, C], the unmarked reference on the triggers.
+        ends, turns: float32 [2, K, ...] and int64 [2, K], roads from the first trigger to every candidate,
+            for suspects that give labels only (probes.py); None where the watermark was made without them.
     """
 
     family: Family
@@ -39,9 +41,13 @@ class TriggerGroup:
     target: int = field(repr=False)
     triggers: Tensor = field(repr=False)
     reference_log_probs: Tensor = field(repr=False)
+    ends: Tensor | None = field(default=None, repr=False)
+    turns: Tensor | None = field(default=None, repr=False)
 
 
-def draw_target(key: SecretKey, triggers: Tensor, candidates: Sequence[int]) -> int:
+def draw_target(
+    key: SecretKey, triggers: Tensor, candidates: Sequence[int], beacon: str | None = None
+) -> int:
     """The target of a group: uniform over its candidates.
 
     Drawn from a stream of the key that is named after the triggers and the candidates. So each group has its
@@ -50,9 +56,14 @@ def draw_target(key: SecretKey, triggers: Tensor, candidates: Sequence[int]) -> 
 
     Args:
         triggers: float32 [n, ...]; candidates: at least one class.
+        beacon: a public random value that was not known when key and triggers were committed to; then nobody
+            could choose them for their target (docs/ownership.md).
     """
     digest = hashlib.sha256(repr((tuple(triggers.shape), tuple(candidates))).encode("ascii"))
     digest.update(
         triggers.detach().to(torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
     )
-    return key.stream(f"target/{digest.hexdigest()}").choice(tuple(candidates))
+    purpose = f"target/{digest.hexdigest()}"
+    if beacon is not None:
+        purpose += f"/beacon/{hashlib.sha256(beacon.encode('utf-8')).hexdigest()}"
+    return key.stream(purpose).choice(tuple(candidates))

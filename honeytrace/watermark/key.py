@@ -91,6 +91,17 @@ class SecretKey:
         """32 hexadecimal digits that name the key and do not reveal it (a one-way HKDF output)."""
         return self._derive("identifier", 16).hex()
 
+    @property
+    def commitment(self) -> str:
+        """64 hexadecimal digits that bind to this key and do not reveal it: nobody can find a second key with
+        the same ones (a 256-bit HKDF output; the identifier is too short for that)."""
+        return self._derive("commitment", 32).hex()
+
+    def opened(self) -> str:
+        """The secret itself, 64 hexadecimal digits. For evidence that is given to others: the key is
+        spent."""
+        return self._secret.hex()
+
     def seed(self, purpose: str) -> int:
         """A 64-bit number for this purpose, in [0, 2^64). As secret as the key."""
         return int.from_bytes(self._derive(f"seed/{purpose}", 8), "little")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from honeytrace.files import write_private
 from honeytrace.ops import Bank, WatermarkOutput
 from honeytrace.ops import watermark as watermark_op
 from honeytrace.ops.rule import WatermarkRule
+from honeytrace.ownership.ladder import LADDERS, STEPS
 from honeytrace.watermark import artifact
 from honeytrace.watermark.artifact import ArtifactError
 from honeytrace.watermark.groups import Family, Mark, TriggerGroup, draw_target
@@ -39,7 +42,14 @@ class Watermark:
         head: name of the model's head.
         summary: what calibration chose and what it costs; `print(watermark.summary)`.
         key_identifier: names the key, does not reveal it.
+        beacon: the public random value that the targets depend on besides the key; None before `bind`.
     """
+
+    questions_per_group = 4
+    """Triggers that `verify` asks of a group by scores, the nearest to its bank first. More asked of fewer
+    groups
+    claims later: each group is one draw, and four triggers show it as clearly as sixteen
+        (docs/ownership.md)."""
 
     def __init__(
         self,
@@ -53,6 +63,8 @@ class Watermark:
         head: str,
         key_identifier: str,
         summary: Summary,
+        class_logits: Tensor | None = None,
+        beacon: str | None = None,
     ) -> None:
         self.rule = rule
         self.groups = tuple(groups)
@@ -64,6 +76,8 @@ class Watermark:
         self._target_logits = target_logits
         self._planes = planes
         self._seed = seed
+        self._class_logits = class_logits
+        self.beacon = beacon
 
     @classmethod
     def calibrate(cls, model: nn.Module, data: Any, *, key: SecretKey, **settings: Any) -> Watermark:
@@ -132,6 +146,8 @@ class Watermark:
             head=self.head,
             key_identifier=self.key_identifier,
             summary=self.summary.without_flips(),
+            class_logits=self._class_logits,
+            beacon=self.beacon,
         )
 
     def opened(self, key: SecretKey) -> None:
@@ -145,8 +161,64 @@ class Watermark:
             raise TypeError(f"key must be a SecretKey, got {type(key).__name__}")
         if key.identifier != self.key_identifier:
             raise ValueError("key is not the one this watermark was made with")
-        if any(g.target != draw_target(key, g.triggers, g.candidates) for g in self.groups):
+        if any(g.target != draw_target(key, g.triggers, g.candidates, self.beacon) for g in self.groups):
             raise ValueError("the watermark's targets are not the ones its key draws")
+
+    def bind(self, key: SecretKey, beacon: str) -> Watermark:
+        """The same watermark with its targets drawn again, from the key *and* a public random value.
+
+        Commit to the watermark first (`honeytrace.ownership.Commitment`), take a value that became known
+        later,
+        bind, and serve only the bound watermark: then the targets could be chosen by nobody. Groups, triggers
+        and offsets stay as they are. What the marks cost may differ a little from the summary, which was
+        measured with the targets of before.
+
+        Raises:
+            TypeError: key is no `SecretKey`, or beacon no text.
+            ValueError: it is another key; the watermark is bound already, or was made by a version that
+                cannot bind; beacon is empty.
+        """
+        self.opened(key)
+        if not isinstance(beacon, str):
+            raise TypeError(f"beacon must be a str, got {type(beacon).__name__}")
+        if not beacon.strip():
+            raise ValueError("beacon must not be empty")
+        if self.beacon is not None:
+            raise ValueError("the watermark is bound to a beacon already; a second draw would be a choice")
+        if self._class_logits is None:
+            raise ValueError("the watermark holds no answers for other targets; calibrate it again")
+        groups = [
+            dataclasses.replace(group, target=draw_target(key, group.triggers, group.candidates, beacon))
+            for group in self.groups
+        ]
+        return Watermark(
+            rule=self.rule,
+            bank=self._bank,
+            target_logits=self._class_logits[[group.target for group in groups]],
+            planes=self._planes,
+            seed=self._seed,
+            groups=groups,
+            head=self.head,
+            key_identifier=self.key_identifier,
+            summary=self.summary,
+            class_logits=self._class_logits,
+            beacon=beacon,
+        )
+
+    def digest(self) -> str:
+        """SHA-256, 64 hexadecimal digits, of everything but the targets: rule, bank, every trigger, candidate
+        and reference answer, planes, flip seed. The same before and after `bind`."""
+        tensors, fields = self._plain()
+        del tensors["target_logits"], fields["beacon"], fields["summary"]
+        for group in fields["groups"]:
+            del group["target"]
+        found = hashlib.sha256(json.dumps(fields, sort_keys=True).encode("utf-8"))
+        for name in sorted(tensors):
+            array = tensors[name].detach().cpu().contiguous().numpy()
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            found.update(f"\n{name} {little.dtype.str} {little.shape}\n".encode("ascii"))
+            found.update(little.tobytes())
+        return found.hexdigest()
 
     def verification_seed(self, key: SecretKey) -> int:
         """Fixes the order of the questions. Raises as `opened`."""
@@ -171,12 +243,17 @@ class Watermark:
         for g, group in enumerate(self.groups):
             tensors[f"triggers.{g}"] = group.triggers
             tensors[f"reference_log_probs.{g}"] = group.reference_log_probs
+            if group.ends is not None and group.turns is not None:
+                tensors[f"ends.{g}"], tensors[f"turns.{g}"] = group.ends, group.turns
+        if self._class_logits is not None:
+            tensors["class_logits"] = self._class_logits
         fields = {
             "rule": self.rule.to_dict(),
             # A number of 64 bits is more than every JSON reader takes.
             "seed": f"{self._seed:016x}",
             "head": self.head,
             "key_identifier": self.key_identifier,
+            "beacon": self.beacon,
             "summary": self.summary.to_dict(),
             "groups": [
                 {
@@ -222,11 +299,14 @@ class Watermark:
                 target=_integers([group["target"]])[0],
                 triggers=tensors[f"triggers.{g}"],
                 reference_log_probs=tensors[f"reference_log_probs.{g}"],
+                ends=tensors.get(f"ends.{g}"),
+                turns=tensors.get(f"turns.{g}"),
             )
             for g, group in enumerate(fields["groups"])
         ]
         for name in ("seed", "head", "key_identifier"):
             _must(isinstance(fields[name], str), f"{name} is no text")
+        _must(fields["beacon"] is None or isinstance(fields["beacon"], str), "beacon is no text")
         for name, digits in (("seed", 16), ("key_identifier", 32)):
             hexadecimal = re.fullmatch(f"[0-9a-f]{{{digits}}}", fields[name])
             _must(hexadecimal, f"{name} must have {digits} hexadecimal digits")
@@ -240,6 +320,8 @@ class Watermark:
             head=fields["head"],
             key_identifier=fields["key_identifier"],
             summary=Summary.from_dict(fields["summary"]),
+            class_logits=tensors.get("class_logits"),
+            beacon=fields["beacon"],
         )
         watermark._check()
         return watermark
@@ -251,6 +333,10 @@ class Watermark:
         _must(self.rule.k <= self._bank.size, "k is larger than the bank")
         _must(len(self.groups) == count, f"bank and groups must speak of the same {count} groups")
         _check_numbers("target_logits", self._target_logits, (count, classes))
+        if self._class_logits is not None:
+            _check_numbers("class_logits", self._class_logits, (classes, classes))
+            own = self._class_logits[[group.target for group in self.groups]]
+            _must(bool((own == self._target_logits).all()), "target_logits are not those of the targets")
         _must(1 <= len(self._planes) <= 64, "planes must be 1 to 64")
         _check_numbers("planes", self._planes, (len(self._planes), self._bank.features))
         for group in self.groups:
@@ -267,6 +353,14 @@ class Watermark:
             _must(len(group.triggers) > 0 and len(shape) > 0, "a group has no triggers")
             _check_numbers("triggers", group.triggers, (len(group.triggers), *shape))
             _check_numbers("reference_log_probs", group.reference_log_probs, (len(group.triggers), classes))
+            _must((group.ends is None) == (group.turns is None), "a group's roads are not whole")
+            if group.ends is not None and group.turns is not None:
+                roads = (len(LADDERS), len(group.candidates))
+                _check_numbers("ends", group.ends, (*roads, *shape))
+                _must(group.turns.dtype == torch.int64, "turns must be int64")
+                _must(tuple(group.turns.shape) == roads, f"turns must have shape {list(roads)}")
+                inside = ((group.turns >= 0) & (group.turns <= STEPS + 1)).all()
+                _must(inside, f"turns must be steps, 0 to {STEPS + 1}")
         told = [(g.family, g.mark, g.candidates, g.triggers) for g in self.summary.groups]
         held = [(g.family, g.mark, len(g.candidates), len(g.triggers)) for g in self.groups]
         _must(not told or told == held, "the summary speaks of other groups")

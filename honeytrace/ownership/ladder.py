@@ -1,0 +1,112 @@
+"""How near a suspect's labels come to each candidate class: questions on roads from a trigger to the class.
+
+A road leads from a trigger in STEPS steps to an end that is of class c. The owner's reference turns to c at
+a known step; a suspect that already says c some steps *earlier* leans to c. How many steps earlier is found
+rung by rung, for all candidates alike: who passes a rung climbs on, until one candidate is alone or the
+ladder ends; where nobody passes, the next lower rung is tried. Which question comes next depends on the
+suspect's answers only, never on the target, so the score is a fixed function of suspect, questions and
+candidate, and the tests built on it stay exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from honeytrace.ownership.answers import FloatArray, IntArray
+
+STEPS = 32
+"""Steps of a road; step 0 is the trigger, step STEPS the end."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Rungs: steps before the reference's own turning point (negative: behind it), ascending. Asking begins
+    at rung `start`."""
+
+    rungs: tuple[int, ...]
+    start: int
+
+
+LADDERS = (Ladder((0, 2, 4, 7), 2), Ladder((-16, -11, -7, -4, -2, 0, 2), 2))
+"""For the natural road and for the one by gradients. (The second begins behind the reference's turning
+point: steps along the reference's own gradient reach it sooner than any other model.)
+
+Chosen on copies of the Fashion-MNIST victim under three keys; of 50 pairs of ladders tried these needed the
+fewest queries among those with which all ten copies were claimed. docs/ownership.md has the figures, and
+what they are worth.
+"""
+
+SCORE_NOISE = 0.1
+"""Rungs. One rung more in one group of equal candidates is evidence; see calibrator.py (scale_floor)."""
+
+
+def steps() -> range:
+    """0 to STEPS."""
+    return range(STEPS + 1)
+
+
+def blend(trigger: Tensor, end: Tensor, step: int) -> Tensor:
+    """The input at a step of the road: float32, the same bits on every machine.
+
+    Two products by dyadic numbers and one sum, each rounded once; NumPy does not fuse them.
+    """
+    share = np.float32(step / STEPS)
+    near, far = trigger.detach().cpu().float().numpy(), end.detach().cpu().float().numpy()
+    return torch.from_numpy(near * np.float32(1 - share) + far * share)
+
+
+def climb(
+    trigger: Tensor,
+    ends: Tensor,
+    turns: Sequence[Sequence[int]],
+    candidates: IntArray,
+    order: Sequence[int],
+    ladders: Sequence[Ladder] = LADDERS,
+) -> Generator[Tensor, IntArray, FloatArray]:
+    """Yield questions [n, ...], take their labels [n], and return the scores [K].
+
+    Args:
+        trigger: float32 [...]; ends: [R, K, ...]; turns: [R, K], where the reference turns.
+        candidates: [K] class numbers.
+        order: a permutation of range(K), in which candidates are asked.
+        ladders: R of them.
+
+    Returns:
+        [K]: the rungs passed on all roads together.
+    """
+    score = np.zeros(len(candidates))
+    for road, ladder in enumerate(ladders):
+        passed = np.zeros(len(candidates), dtype=np.int64)
+        rung, climbing, racing = ladder.start, True, list(order)
+        while True:
+            places = [min(STEPS, max(0, int(turns[road][k]) - ladder.rungs[rung])) for k in racing]
+            questions = [blend(trigger, ends[road, k], p) for k, p in zip(racing, places, strict=True)]
+            labels = yield torch.stack(questions)
+            hits = [k for k, label in zip(racing, labels, strict=True) if label == candidates[k]]
+            if rung == ladder.start:
+                climbing = bool(hits)
+                passed[:] = rung
+            elif not climbing:
+                passed[:] = rung
+            passed[hits] = rung + 1
+            if climbing:
+                racing = hits
+                rung += 1
+                if len(racing) <= 1 or rung == len(ladder.rungs):
+                    break
+            else:
+                rung -= 1
+                if hits or rung < 0:
+                    break
+        score += passed
+    return score
+
+
+def most_questions(candidates: int, ladders: Sequence[Ladder] = LADDERS) -> int:
+    """Questions of one group at most."""
+    return sum(candidates * max(len(ladder.rungs) - ladder.start, ladder.start + 1) for ladder in ladders)

@@ -1,0 +1,126 @@
+"""Roads from a trigger towards each candidate class, for suspects that give labels only.
+
+A copy that learned a mark seldom *says* the target at a trigger; it only comes nearer to saying it. Along a
+road from the trigger to something of class c, the place where its label turns to c moves. For each candidate
+class alike there are two roads: to a natural sample of the class, and to the trigger changed by gradient
+steps until the owner's models call it that class. Which road shows a mark differs from group to group
+(docs/ownership.md has the figures).
+
+Nothing here looks at a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from honeytrace.ownership.ladder import blend, steps
+from honeytrace.training import predict
+from honeytrace.watermark.key import KeyStream
+from honeytrace.watermark.samples import Samples
+
+MOST_CLASSES = 20
+"""Tasks with more classes get no roads: every group would cost more label queries than it can give evidence
+for."""
+
+_SURE = 0.9
+"""A natural end is a sample that the reference gives its class with this probability, where there is one."""
+
+_GRADIENT_STEPS = 24
+_STEP = 0.03
+"""Length of a gradient step, as a share of the distance from the trigger to the natural end."""
+
+
+def roads(
+    model: nn.Module,
+    reference: nn.Module,
+    trigger: Tensor,
+    candidates: Sequence[int],
+    pool: Samples,
+    probabilities: Tensor,
+    stream: KeyStream,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The ends of the roads of one group, and where the reference's label turns on them.
+
+    Args:
+        model, reference: the owner's; gradients are taken of both.
+        trigger: float32 [...], where all roads of the group begin.
+        candidates: K classes.
+        pool: samples for the natural ends; probabilities: [N, C], the reference on them.
+        stream: of the key's part for inputs.
+
+    Returns:
+        ends float32 [2, K, ...]: natural, then by gradients; turns int64 [2, K]: the first step of the
+        road, 0 to STEPS, at which the reference says the class, or STEPS + 1 where it never does.
+    """
+    natural = torch.stack([_natural(probabilities, pool, label, stream) for label in candidates])
+    start = trigger[None].expand_as(natural)
+    low, high = float(pool.inputs.min()), float(pool.inputs.max())
+    labels = torch.tensor(list(candidates))
+    by_gradient = _by_gradient(model, reference, start, natural, labels, low, high)
+    ends = torch.stack([natural, by_gradient])
+    turns = torch.stack([_turns(reference, trigger, part, labels, batch_size) for part in ends])
+    return ends, turns
+
+
+def _natural(probabilities: Tensor, pool: Samples, label: int, stream: KeyStream) -> Tensor:
+    said = (probabilities.argmax(dim=1) == label) & (pool.labels == label)
+    sure = (said & (probabilities[:, label] >= _SURE)).nonzero()[:, 0].tolist()
+    chosen = stream.choice(sure) if sure else int(probabilities[:, label].argmax())
+    return pool.inputs[chosen].float()
+
+
+def _by_gradient(
+    model: nn.Module,
+    reference: nn.Module,
+    start: Tensor,
+    natural: Tensor,
+    labels: Tensor,
+    low: float,
+    high: float,
+) -> Tensor:
+    """Steps up the mean margin of both models; the natural ends again where there is no gradient."""
+    length = _STEP * (natural - start).flatten(1).norm(dim=1)
+    rows = torch.arange(len(start))
+    point = start.clone()
+    modes = [(part, part.training) for owner in (model, reference) for part in owner.modules()]
+    try:
+        model.eval()
+        reference.eval()
+        for _ in range(_GRADIENT_STEPS):
+            point = point.detach().requires_grad_(True)
+            margin = torch.zeros(())
+            with torch.enable_grad():
+                for owner in (model, reference):
+                    weight = next((p for p in owner.parameters()), point)
+                    logits = owner(point.to(device=weight.device, dtype=weight.dtype)).float().cpu()
+                    others = logits.clone()
+                    others[rows, labels] = -torch.inf
+                    margin = margin + (logits[rows, labels] - others.logsumexp(dim=1)).sum()
+            if not margin.requires_grad:
+                return natural.clone()
+            (slope,) = torch.autograd.grad(margin, point)
+            size = slope.flatten(1).norm(dim=1).clamp_min(1e-12)
+            scale = (length / size).reshape(-1, *[1] * (point.dim() - 1))
+            # Not past what inputs look like: a service may refuse or clip what lies outside.
+            point = (point.detach() + scale * slope).clamp(low, high)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    point = point.detach()
+    return torch.where(
+        point.isfinite().flatten(1).all(dim=1).reshape(-1, *[1] * (point.dim() - 1)), point, natural
+    )
+
+
+def _turns(reference: nn.Module, trigger: Tensor, ends: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+    places = steps()
+    inputs = torch.stack([blend(trigger, end, place) for end in ends for place in places])
+    said = (
+        predict(reference, inputs, batch_size=batch_size).argmax(dim=1).cpu().reshape(len(ends), len(places))
+    )
+    hit = said == labels[:, None]
+    return torch.where(hit.any(dim=1), hit.int().argmax(dim=1), len(places))
