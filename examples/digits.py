@@ -1,7 +1,8 @@
-"""A model of one's own, as the commands of README take it: two factories, and a script that writes the files.
+"""A model of one's own, as the README's commands take it: two factories, and a script that writes the files.
 
-Run as a script, it trains a digit classifier and leaves in the working directory: victim.safetensors, owner.npz
-(training data of the owner), triggers.npz (images nobody has seen), pool.npz (the attacker's queries).
+Run as a script, it trains a digit classifier and leaves in the working directory: victim.safetensors,
+owner.npz (training data of the owner), triggers.npz (images nobody has seen) and pool.npz (the attacker's
+queries).
 """
 
 import numpy as np
