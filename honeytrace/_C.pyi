@@ -25,9 +25,7 @@ class BuildInfo(TypedDict):
 def packed_size(groups: int, rows: int, features: int) -> int:
     """Number of float32 that `pack_bank` writes: groups * ceil(rows / 16) * features * 16."""
 
-def pack_bank(
-    rows_ptr: int, groups: int, rows: int, features: int, packed_ptr: int, norms_ptr: int
-) -> None:
+def pack_bank(rows_ptr: int, groups: int, rows: int, features: int, packed_ptr: int, norms_ptr: int) -> None:
     """float32 [G, M, D] to packed [G, panel, D, lane] and Euclidean norms float32 [G, ceil(M / 16) * 16]."""
 
 def feature_distance(

@@ -256,6 +256,7 @@ def extract(
 @click.option("--alpha", type=float, default=1e-3, show_default=True, help="False-claim probability.")
 @click.option("--answers", type=click.Choice(["auto", "scores", "labels"]), default="auto", show_default=True)
 @click.option("--rule", type=click.Choice(["exact", "e-process"]), default="exact", show_default=True)
+@click.option("--triggers", type=int, help="Asked in each group, by scores.  [default: the watermark's]")
 @click.option("--graded-only", is_flag=True, help="Verify the graded mark alone, as served without flips.")
 @_json
 @click.pass_context
@@ -268,6 +269,7 @@ def verify(
     alpha: float,
     answers: str,
     rule: str,
+    triggers: int | None,
     graded_only: bool,
     as_json: bool,
 ) -> None:
@@ -287,6 +289,7 @@ def verify(
                 alpha=alpha,
                 answers=_one_of(answers, "auto", "scores", "labels"),
                 rule=_one_of(rule, "exact", "e-process"),
+                triggers=triggers,
                 progress=progress,
             )
         _show(as_json, verdict.to_dict(), lambda: click.echo(str(verdict)))

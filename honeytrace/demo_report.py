@@ -52,12 +52,18 @@ def _suspects(result: DemoResult) -> Table:
             "hits: share of the flip groups' triggers answered with the target's label. "
             "target: mean probability of the target on all triggers "
             f"(owner's reference: {result.reference_probability:.4f}). "
-            "labels: p-value when the suspect shows labels only."
+            "labels p, queries: when the suspect shows labels only."
         ),
         caption_justify="left",
     )
     table.add_column("suspect\n  made from", no_wrap=True)
-    for name in ("accuracy\nfidelity", "hits\ntarget", "p-value\ne-value", "queries\nof all", "labels"):
+    for name in (
+        "accuracy\nfidelity",
+        "hits\ntarget",
+        "p-value\ne-value",
+        "queries\nof all",
+        "labels p\nqueries",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict\n", no_wrap=True)
     for suspect in result.suspects:
@@ -78,7 +84,7 @@ def _suspect_row(suspect: SuspectResult) -> tuple[str, ...]:
         f"{hits}\n{suspect.target_probability:.4f}",
         f"{verdict.p_value:.2g}\n{verdict.e_value:.3g}",
         f"{verdict.queries}\n{verdict.queries_total}",
-        f"{suspect.by_labels.p_value:.2g}",
+        f"{suspect.by_labels.p_value:.2g}\n{suspect.by_labels.queries}",
         f"{said}\n[dim]{expectation}[/dim]",
     )
 

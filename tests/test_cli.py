@@ -135,7 +135,9 @@ def test_extract_writes_weights_and_says_what_it_asked(service, road):
 
 
 def test_verify_claims_the_copy(service, road):
-    result = run(service, f"{VERIFY} service.py:surrogate --weights copy.safetensors --alpha 0.01")
+    result = run(
+        service, f"{VERIFY} service.py:surrogate --weights copy.safetensors --alpha 0.01 --triggers 16"
+    )
     assert result.exit_code == 0, result.stdout
     assert result.stdout.startswith("CLAIM")
 
