@@ -231,7 +231,11 @@ class Watermark:
         Raises:
             OSError: it cannot be written; an older file of that name is untouched then.
         """
-        write_private(path, artifact.encode(*self._plain()), overwrite=True)
+        write_private(path, self.to_bytes(), overwrite=True)
+
+    def to_bytes(self) -> memoryview:
+        """The file that `save` writes."""
+        return artifact.encode(*self._plain())
 
     def _plain(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything, as tensors and JSON values."""
