@@ -26,6 +26,8 @@ class Config:
         warps: warps of a program.
         stages: depth of the software pipeline (tensor cores only).
         unroll: features that one turn of the inner loop takes (vector units only).
+        registers: most registers of a thread; None leaves it to the compiler, which sometimes spills a few to
+            fit one more block on a multiprocessor.
     """
 
     block_q: int
@@ -34,18 +36,22 @@ class Config:
     block_d: int = 32
     stages: int = 1
     unroll: int = 4
+    registers: int | None = None
 
 
 # (path, kind) -> config. Paths: "tile" many queries on vector units, "few" one query at a time, "dot" tensor
 # cores. Kinds: "light" where a difference costs two or three instructions (l1, l2, cosine and exponents by
 # products), "heavy" where it costs a logarithm and an exponential.
 TABLE: dict[tuple[str, str], Config] = {
-    ("tile", "light"): Config(block_q=32, block_m=64, warps=4),
-    ("tile", "heavy"): Config(block_q=32, block_m=32, warps=4, unroll=1),
+    ("tile", "light"): Config(block_q=16, block_m=128, warps=4, registers=248),
+    ("tile", "heavy"): Config(block_q=16, block_m=128, warps=4, unroll=1, registers=248),
     ("few", "light"): Config(block_q=1, block_m=16, warps=4),
     ("few", "heavy"): Config(block_q=1, block_m=16, warps=4, unroll=1),
     ("dot", "light"): Config(block_q=64, block_m=64, warps=4, block_d=32, stages=3),
 }
+
+RESCORE = Config(block_q=1, block_m=16, warps=4, registers=168)
+"""The second pass after the tensor cores; `block_m` does not count, it takes the candidates there are."""
 
 FEW_QUERIES = 16
 """Below this many queries rows are read for one query at a time: the bank's bytes, not the arithmetic, are

@@ -29,7 +29,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .configs import FEW_QUERIES, Config, bank_splits, distance_config
+from .configs import FEW_QUERIES, RESCORE, Config, bank_splits, distance_config
 from .language import INTERPRETED, OPTIONS, cdiv, jit, jit_unspecialized, power_of_two, tl
 from .numerics import half_power, is_finite, power
 
@@ -138,6 +138,33 @@ def _add(
 
 
 @jit
+def _split_queries(x: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """x [BQ, BM] as four [BQ / 4, BM]: queries 0, 4, 8 .. in the first."""
+    apart = tl.permute(tl.reshape(x, [x.shape[0] // 4, 2, 2, x.shape[1]]), [0, 3, 1, 2])
+    even, odd = tl.split(apart)
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@jit
+def _term(
+    x: tl.tensor,
+    row: tl.tensor,
+    top: tl.tensor,
+    part: tl.tensor,
+    p: tl.tensor,
+    METRIC: tl.constexpr,
+    HALVES: tl.constexpr,
+    RELATIVE: tl.constexpr,
+) -> tl.tensor:
+    difference = x[:, None] - row
+    if RELATIVE:
+        difference = tl.div_rn(difference, top)
+    return _add(difference, part, p, METRIC, HALVES)
+
+
+@jit
 def _sum_tile(
     q_ptr: tl.tensor,
     b_ptr: tl.tensor,
@@ -155,19 +182,33 @@ def _sum_tile(
 
     inverse [1, BM] multiplies the rows (cosine); top [BQ, BM] divides the differences where RELATIVE.
     """
-    total = tl.zeros([q_ptr.shape[0], b_ptr.shape[1]], tl.float32)
+    fours: tl.constexpr = q_ptr.shape[0] // 4
+    query = tl.reshape(q_ptr, [fours, 4])
+    zero = tl.zeros([fours, b_ptr.shape[1]], tl.float32)
+    top0, top1, top2, top3 = zero, zero, zero, zero
+    if RELATIVE:
+        top0, top1, top2, top3 = _split_queries(top)
+    total0, total1, total2, total3 = zero, zero, zero, zero
     for start in range(0, width, _SLICE):
-        part = tl.zeros([q_ptr.shape[0], b_ptr.shape[1]], tl.float32)
+        part0, part1, part2, part3 = zero, zero, zero, zero
         for d in tl.range(start, tl.minimum(start + _SLICE, width), loop_unroll_factor=UNROLL):
             row = tl.load(b_ptr + d * STRIDE)
             if METRIC == _COSINE:
                 row = row * inverse
-            difference = tl.load(q_ptr + d * _LANES) - row
-            if RELATIVE:
-                difference = tl.div_rn(difference, top)
-            part = _add(difference, part, p, METRIC, HALVES)
-        total = total + part
-    return total
+            address = tl.max_contiguous(tl.multiple_of(query + d * _LANES, [16, 16]), [1, 4])
+            even, odd = tl.split(tl.reshape(tl.load(address), [fours, 2, 2]))
+            x0, x2 = tl.split(even)
+            x1, x3 = tl.split(odd)
+            part0 = _term(x0, row, top0, part0, p, METRIC, HALVES, RELATIVE)
+            part1 = _term(x1, row, top1, part1, p, METRIC, HALVES, RELATIVE)
+            part2 = _term(x2, row, top2, part2, p, METRIC, HALVES, RELATIVE)
+            part3 = _term(x3, row, top3, part3, p, METRIC, HALVES, RELATIVE)
+        total0 = total0 + part0
+        total1 = total1 + part1
+        total2 = total2 + part2
+        total3 = total3 + part3
+    joined = tl.join(tl.join(total0, total2), tl.join(total1, total3))  # [fours, BM, 2, 2], the last is q % 2
+    return tl.reshape(tl.permute(joined, [0, 2, 3, 1]), [q_ptr.shape[0], b_ptr.shape[1]])
 
 
 @jit
@@ -340,24 +381,27 @@ def _distance_of(key: tl.tensor) -> tl.tensor:
 
 @jit
 def _empty_keys(BLOCK_Q: tl.constexpr, SLOTS: tl.constexpr, k: tl.tensor) -> tl.tensor:
-    """Slots of `_insert`: all different and beyond any key; those from k on are negative and stay what they
-    are."""
-    slot = tl.arange(0, SLOTS).to(tl.int64)[None, :] + tl.zeros([BLOCK_Q, 1], tl.int64)
+    """Slots [SLOTS, BQ] of `_insert`: all different and beyond any key; those from k on are negative and
+    stay."""
+    slot = tl.arange(0, SLOTS).to(tl.int64)[:, None] + tl.zeros([1, BLOCK_Q], tl.int64)
     return tl.where(slot < k, _NO_KEY - slot, -1 - slot)
 
 
 @jit
 def _insert(best: tl.tensor, keys: tl.tensor) -> tl.tensor:
-    """The k smallest of best [BQ, SLOTS] and keys [BQ, BM]; one turn for each key that makes it in
-    anywhere."""
-    worst = tl.max(best, axis=1)
-    nearest = tl.min(keys, axis=1)
+    """The k smallest of best [SLOTS, BQ] and keys [BM, BQ]; one turn for each key that makes it in anywhere.
+
+    Queries lie along the last dimension, where Triton puts neighbouring threads: a thread then has most of
+    the keys of its query to itself, and the minimum costs it comparisons rather than shuffles.
+    """
+    worst = tl.max(best, axis=0)
+    nearest = tl.min(keys, axis=0)
     while tl.max((nearest < worst).to(tl.int32), axis=0) > 0:
-        taken = (nearest < worst)[:, None]
-        best = tl.where((best == worst[:, None]) & taken, nearest[:, None], best)
-        keys = tl.where(keys == nearest[:, None], _NO_KEY, keys)
-        worst = tl.max(best, axis=1)
-        nearest = tl.min(keys, axis=1)
+        taken = (nearest < worst)[None, :]
+        best = tl.where((best == worst[None, :]) & taken, nearest[None, :], best)
+        keys = tl.where(keys == nearest[None, :], _NO_KEY, keys)
+        worst = tl.max(best, axis=0)
+        nearest = tl.min(keys, axis=0)
     return best
 
 
@@ -434,12 +478,12 @@ def nearest_kernel(
             FEW,
             UNROLL,
         )
-        keys = _key(distance, row[None, :])
-        keys = tl.where(usable & (keys > floor[:, None]), keys, _NO_KEY)
-        best = _insert(best, keys)
+        keys = _key(tl.trans(distance), row[:, None])
+        usable = (row < rows)[:, None] & inside[None, :]
+        best = _insert(best, tl.where(usable & (keys > floor[None, :]), keys, _NO_KEY))
     slot = tl.arange(0, SLOTS)
-    target = keys_ptr + (flat[:, None] * parts + part) * SLOTS + slot[None, :]
-    tl.store(target, best, mask=inside[:, None])
+    target = keys_ptr + (flat[None, :] * parts + part) * SLOTS + slot[:, None]
+    tl.store(target, best, mask=inside[None, :])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -564,13 +608,12 @@ def candidates_kernel(
             known = (
                 known & ((q_norm == 0) | (q_norm > _SMALLEST_NORM)) & ((norm == 0) | (norm > _SMALLEST_NORM))
             )
-        keys = _key(tl.where(known, bound, 0.0), row[None, :])
-        keys = tl.where(inside[:, None] & valid[None, :], keys, _NO_KEY)
-        best = _insert(best, keys)
+        keys = _key(tl.trans(tl.where(known, bound, 0.0)), row[:, None])
+        best = _insert(best, tl.where((row < rows)[:, None] & inside[None, :], keys, _NO_KEY))
     slot = tl.arange(0, SLOTS)
     flat = query.to(tl.int64) * groups + group
-    target = keys_ptr + (flat[:, None] * parts + part) * SLOTS + slot[None, :]
-    tl.store(target, best, mask=inside[:, None])
+    target = keys_ptr + (flat[None, :] * parts + part) * SLOTS + slot[:, None]
+    tl.store(target, best, mask=inside[None, :])
 
 
 @jit_unspecialized("batch", "parts", "k", "slack")
@@ -665,7 +708,8 @@ def rescore_kernel(
                 True,
                 UNROLL,
             )
-            best = _insert(best, tl.where(inside[None, :], _key(distance, row[None, :]), _NO_KEY))
+            more = tl.where(inside[:, None], _key(tl.trans(distance), row[:, None]), _NO_KEY)
+            best = _insert(best, more)
         best = tl.reshape(best, [SLOTS])
         best = tl.where(best < 0, _NO_KEY, best)
         _emit(best, finite, flat, distance_ptr, index_ptr, above_ptr, k, 0, k)
@@ -838,6 +882,7 @@ def feature_distance(
             BLOCK_D=config.block_d,
             num_warps=config.warps,
             num_stages=config.stages,
+            maxnreg=config.registers,
             **OPTIONS,
         )
         exhaustive = features.new_empty((batch, groups), dtype=torch.int8)
@@ -863,7 +908,8 @@ def feature_distance(
             SLOTS=slots,
             KEYS=merged,
             UNROLL=config.unroll,
-            num_warps=4,
+            num_warps=RESCORE.warps,
+            maxnreg=RESCORE.registers,
             **OPTIONS,
         )
         if statistics is not None:
@@ -897,6 +943,7 @@ def feature_distance(
             BLOCK_M=config.block_m,
             UNROLL=config.unroll,
             num_warps=config.warps,
+            maxnreg=config.registers,
             **OPTIONS,
         )
         merge_kernel[(batch * groups,)](

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from . import compose, feature_distance, sign_hash, watermark_mix
-from .configs import TABLE
+from .configs import RESCORE, TABLE
 from .language import INTERPRETED, OPTIONS
 
 TARGETS = (80, 90)
@@ -42,6 +42,7 @@ class Case:
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 1
+    registers: int | None = None
     aligned: tuple[str, ...] = ()
     """Integer arguments that are multiples of 16 at launch, besides all pointers."""
 
@@ -141,6 +142,7 @@ def cases() -> Iterator[Case]:
                     "UNROLL": config.unroll,
                 },
                 config.warps,
+                registers=config.registers,
                 aligned=("width",),
             )
     dot = TABLE["dot", "light"]
@@ -158,6 +160,7 @@ def cases() -> Iterator[Case]:
             },
             dot.warps,
             dot.stages,
+            dot.registers,
             aligned=("width", "stride"),
         )
     for metric, code in (("l2", L2), ("cosine", COSINE)):
@@ -167,6 +170,8 @@ def cases() -> Iterator[Case]:
                 kernels.rescore_kernel,
                 _types(kernels.rescore_kernel, "fp32"),
                 {"METRIC": code, "SLOTS": 16, "KEYS": keys, "UNROLL": dot.unroll},
+                RESCORE.warps,
+                registers=RESCORE.registers,
                 aligned=("width",),
             )
     for keys, warps in ((256, 1), (2048, 4)):
@@ -246,7 +251,7 @@ def compile_case(case: Case, capability: int) -> Resources:
         if kind.startswith("*") or name in case.aligned
     }
     source = triton.compiler.ASTSource(case.kernel, signature, case.constants, attributes)
-    options = {"num_warps": case.warps, "num_stages": case.stages, **OPTIONS}
+    options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers, **OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from .language import OPTIONS, jit, jit_unspecialized, power_of_two, tl
-from .numerics import is_finite, is_product, shaped_power
+from .numerics import is_finite, shaped_power
 from .philox import flip_uniform
 
 LARGEST_TILE = 4096
 """Classes that are held in registers at once."""
-
-_SNAP: tl.constexpr = tl.constexpr(2.0**-44)
 
 
 @jit
@@ -66,23 +64,12 @@ def _decide(
     flip_power, bins = tl.load(rule_ptr + 7), tl.load(rule_ptr + 8)
     c = confidence.to(tl.float64)
     shaped = s.to(tl.float64)
-    is_low, is_high = c < low_confidence, c > high_confidence
-    shaped = tl.where(is_low, shaped_power(shaped, low_power), shaped)
-    shaped = tl.where(is_high, shaped_power(shaped, high_power), shaped)
+    if c < low_confidence:
+        shaped = shaped_power(shaped, low_power)
+    if c > high_confidence:
+        shaped = shaped_power(shaped, high_power)
     weight = strength * shaped_power(shaped, mixing_power)
-    # A flip compares with floor(s ^ power * bins). Where no product gives the power, exp and log may miss a
-    # whole number by some units in the last place: within 2^-44 it counts as reached. A float32 similarity
-    # whose true value lies that near below a whole number is so rare (about one rule in a million has a
-    # single one) that no other backend will be seen to decide otherwise.
-    scaled = shaped_power(shaped, flip_power) * bins
-    whole = tl.floor(scaled + 0.5)
-    exact = (
-        is_product(flip_power)
-        & (is_product(low_power) | (is_low == 0))
-        & (is_product(high_power) | (is_high == 0))
-    )
-    near = tl.abs(scaled - whole) <= _SNAP * whole
-    steps = tl.where(near & (exact == 0), whole, tl.floor(scaled))
+    steps = tl.floor(shaped_power(shaped, flip_power) * bins)
     probability = steps / tl.where(bins > 0, bins, 1.0)
     flipped = (bins > 0) & (flip_uniform(seed, bucket, group) < probability)
     return weight, flipped
