@@ -75,7 +75,8 @@ def core_extension() -> Extension:
     import pybind11
 
     sanitize = [f"-fsanitize={name}" for name in sanitizers()]
-    debug = ["-g", "-O1", "-fno-omit-frame-pointer"] if sanitize else ["-g0"]
+    # Optimising instrumented kernels takes GCC ten minutes and tells no more.
+    debug = ["-g", "-O0", "-fno-omit-frame-pointer"] if sanitize else ["-g0"]
     strip = ["-Wl,-s"] if sys.platform.startswith("linux") and not sanitize else []
     return Extension(
         "honeytrace._C",
@@ -107,7 +108,7 @@ class BuildCore(build_ext):
             is_glue = name == "bindings.cpp"
             macros = [(key, f'"{value}"') for key, value in described.items() if is_glue]
             # -O1: pybind11's templates do not get faster by more, and compile in half the time.
-            glue = ["-O1"] if is_glue else []
+            glue = ["-O1"] if is_glue and not sanitizers() else []
             return self.compiler.compile(
                 [source],
                 output_dir=objects_directory,

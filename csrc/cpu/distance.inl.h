@@ -145,7 +145,7 @@ HT_INLINE void offer_panel(SmallestK& smallest, Lanes distance, size_t first_row
 template <int QT, int NP, class M>
 __attribute__((noinline)) void tile(const M& metric, const DistanceTask& task, const float* queries, size_t first_query,
                                     size_t panel, SmallestK* smallest) {
-    Lanes inverse_norms[NP];
+    Lanes inverse_norms[NP] = {};
     if constexpr (M::kCosine) {
         HT_UNROLL for (int n = 0; n < NP; ++n) {
             const Lanes norm = load(task.norms + (panel + n) * kLanes);
