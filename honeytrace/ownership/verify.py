@@ -266,13 +266,14 @@ class _Examiner:
         """Weights [K], the target's rank, K, and how many questions were asked."""
         group = self.groups[index]
         before = self.asked
+        first = None
         if self.kind is None and group.roads is not None:
-            self._find_kind(group, test)
+            # Scores or labels? The first trigger's answer tells; by scores it is used too.
+            first = self._put(group.triggers[:1], test)
         if self.kind == "labels" and group.roads is not None:
             scores, scale_floor = self._climb(index, group, test), ladder.SCORE_NOISE
         else:
-            order = keyed_order(self.seed, f"triggers of group {index}", len(group.reference))
-            rows = self._put(group.triggers[torch.as_tensor(order)], test)[np.argsort(order)]
+            rows = self._ask_triggers(index, group, test, first)
             assert self.kind is not None
             scores, scale_floor, pair = _score(rows, group, self.kind, self.scores_are)
             self.compared.append(pair)
@@ -280,9 +281,19 @@ class _Examiner:
         self.evidence[index] = (weights, group.target_index)
         return weights, target_rank(scores, group.target_index), scores.size, self.asked - before
 
-    def _find_kind(self, group: _Group, test: SequentialTest) -> None:
-        """One question, to learn whether the suspect gives scores or labels; its answer is not used."""
-        self._put(group.triggers[:1], test)
+    def _ask_triggers(
+        self, index: int, group: _Group, test: SequentialTest, first: npt.NDArray[np.generic] | None
+    ) -> npt.NDArray[np.generic]:
+        """The answers to all triggers, of which the first may have been asked already."""
+        order = keyed_order(self.seed, f"triggers of group {index}", len(group.reference))
+        said = []
+        if first is not None:
+            order = [0, *(place for place in order if place != 0)]
+            said.append(first)
+        rest = order[sum(map(len, said)) :]
+        if rest:
+            said.append(self._put(group.triggers[torch.as_tensor(rest)], test))
+        return np.concatenate(said)[np.argsort(order)]
 
     def _climb(self, index: int, group: _Group, test: SequentialTest) -> FloatArray:
         """Scores [K] from labels along the group's roads."""

@@ -1,0 +1,89 @@
+"""A suspect whose answers are kept as they come, so that nothing is asked twice after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from honeytrace.ownership import canonical
+from honeytrace.ownership.suspect import Suspect, ask, quiet
+from honeytrace.ownership.transcript import question_digest, read_answer, spell
+
+
+class Journal:
+    """Asks a suspect only what it has not answered yet, and writes every answer down at once.
+
+    The file holds one JSON line for each answer: SHA-256 of the question, and the answer. It names no
+    trigger. A line that was cut off by a crash is ignored and written again. Give the same file and the same
+    suspect to go on.
+
+    Args:
+        suspect: any suspect.
+        path: the journal; made where there is none (mode 0600).
+
+    Attributes:
+        remembered: answers that came from the file or were given before.
+        asked: questions put to the suspect by this object.
+
+    Raises:
+        ValueError: the file is no journal.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(self, suspect: Suspect, path: str | os.PathLike[str]) -> None:
+        self._suspect = suspect
+        self._known: dict[str, Any] = {}
+        self.asked = 0
+        self.remembered = 0
+        self._file = _open(Path(path), self._known)
+
+    def __call__(self, inputs: Tensor) -> npt.NDArray[np.generic]:
+        digests = [question_digest(question) for question in inputs]
+        fresh: dict[str, int] = {}
+        for place, digest in enumerate(digests):
+            if digest not in self._known:
+                fresh.setdefault(digest, place)
+        self.remembered += len(digests) - len(fresh)
+        if fresh:
+            with quiet(self._suspect):
+                said = ask(self._suspect, inputs[torch.tensor(list(fresh.values()))])
+            self.asked += len(fresh)
+            for digest, row in zip(fresh, said, strict=True):
+                self._known[digest] = spell(np.asarray(row))
+                self._file.write(canonical.line({"question": digest, "answer": self._known[digest]}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return np.asarray([read_answer(self._known[digest]) for digest in digests])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _open(path: Path, known: dict[str, Any]) -> TextIO:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    file = os.fdopen(handle, "r+", encoding="ascii", errors="replace", newline="\n")
+    whole = 0
+    for number, line in enumerate(file, start=1):
+        if not line.endswith("\n"):
+            break  # cut off while it was written; the answer is asked for again
+        try:
+            content = json.loads(line)
+            if set(content) != {"question", "answer"} or not isinstance(content["question"], str):
+                raise ValueError
+            read_answer(content["answer"])
+        except (ValueError, TypeError, RecursionError):
+            file.close()
+            raise ValueError(f"{path}, line {number}: this is no journal of a verification") from None
+        known[content["question"]] = content["answer"]
+        whole += len(line.encode("ascii", errors="replace"))
+    file.seek(whole)
+    file.truncate()
+    return file
