@@ -46,7 +46,7 @@ def power(x: tl.tensor, exponent: tl.tensor, exponent_low: tl.tensor) -> tl.tens
 def half_power(x: tl.tensor, HALVES: tl.constexpr) -> tl.tensor:
     """x ^ (HALVES / 2) for x >= 0 and HALVES <= 32: by squaring, and a root where the exponent ends in a
     half."""
-    product = tl.sqrt_rn(x) if HALVES % 2 == 1 else tl.full(x.shape, 1.0, tl.float32)
+    product = tl.sqrt(x) if HALVES % 2 == 1 else tl.full(x.shape, 1.0, tl.float32)
     base = x
     for bit in tl.static_range(1, 6):
         if (HALVES >> bit) & 1:
@@ -64,14 +64,14 @@ def half_power(x: tl.tensor, HALVES: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def _two_sum(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _two_sum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     total = a + b
     of_b = total - a
     return total, (a - (total - of_b)) + (b - of_b)
 
 
 @jit
-def _two_product(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _two_product(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     product = a * b
     a_wide, b_wide = a * 134217729.0, b * 134217729.0  # 2^27 + 1: halves of 26 bits (Dekker, 1971)
     a_high, b_high = a_wide - (a_wide - a), b_wide - (b_wide - b)
@@ -80,15 +80,13 @@ def _two_product(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @jit
-def _add_pairs(a: tl.tensor, a_low: tl.tensor, b: tl.tensor, b_low: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _add_pairs(a: tl.tensor, a_low: tl.tensor, b: tl.tensor, b_low: tl.tensor) -> tl.tensor:
     total, rest = _two_sum(a, b)
     return _two_sum(total, rest + (a_low + b_low))
 
 
 @jit
-def _multiply_pairs(
-    a: tl.tensor, a_low: tl.tensor, b: tl.tensor, b_low: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
+def _multiply_pairs(a: tl.tensor, a_low: tl.tensor, b: tl.tensor, b_low: tl.tensor) -> tl.tensor:
     product, rest = _two_product(a, b)
     return _two_sum(product, rest + (a * b_low + a_low * b))
 
@@ -99,7 +97,7 @@ def _constant(value: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def _log_pair(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _log_pair(x: tl.tensor) -> tl.tensor:
     """log x of a positive normal float64, to about 2^-68 of it: 2 atanh((m - 1) / (m + 1)) and the
     exponent."""
     bits = x.to(tl.int64, bitcast=True)
