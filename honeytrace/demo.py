@@ -354,7 +354,7 @@ class _Road:
             mark=graded,
             drop_worst=0.1,
         )
-        yield filtered, ("same, worst 10% dropped", one), graded, False, True
+        yield filtered, ("same, 10% dropped", one), graded, False, True
         yield self._independent(), ("independent model", "its own data"), None, True, False
         soft = copy("bare-soft", "copying the bare model: soft labels", victim, number=11)
         yield soft, ("copy by soft labels", bare), None, True, False
@@ -392,7 +392,7 @@ class _Road:
                 mark=watermark,
                 labels="soft" if labels == "soft" else "top1",
             )
-            name = f"{words}, digits asked"
+            name = f"digits asked, {labels}"
             found.append(self._judge(victim, watermark, copy, name, "protected model", False, None))
         return found, ()
 

@@ -52,7 +52,7 @@ def _suspects(result: DemoResult) -> Table:
             "hits: share of the flip groups' triggers answered with the target's label. "
             "target: mean probability of the target on all triggers "
             f"(owner's reference: {result.reference_probability:.4f}). "
-            "labels p, queries: when the suspect shows labels only."
+            "labels, queries: p-value and questions when the suspect shows labels only."
         ),
         caption_justify="left",
     )
@@ -62,7 +62,7 @@ def _suspects(result: DemoResult) -> Table:
         "hits\ntarget",
         "p-value\ne-value",
         "queries\nof all",
-        "labels p\nqueries",
+        "labels\nqueries",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict\n", no_wrap=True)
@@ -74,7 +74,7 @@ def _suspects(result: DemoResult) -> Table:
 def _suspect_row(suspect: SuspectResult) -> tuple[str, ...]:
     verdict = suspect.by_scores
     said = "[bold]CLAIM[/bold]" if verdict.claim else "no claim"
-    expectation = "as expected" if suspect.as_expected else "[bold red]NOT expected[/bold red]"
+    expectation = "expected" if suspect.as_expected else "[bold red]UNEXPECTED[/bold red]"
     if suspect.expected is None:
         expectation = "no promise"
     hits = "-" if suspect.success_rate is None else f"{suspect.success_rate:.1%}"

@@ -35,7 +35,7 @@ def test_copies_are_claimed_and_innocents_are_not(result):
         ("copy by soft labels", "protected model"): True,
         ("copy by top-1 labels", "protected model"): True,
         ("copy by soft labels", "graded mark alone"): True,
-        ("same, worst 10% dropped", "graded mark alone"): True,
+        ("same, 10% dropped", "graded mark alone"): True,
         ("independent model", "its own data"): False,
         ("copy by soft labels", "bare model"): False,
         ("copy by top-1 labels", "bare model"): False,
@@ -99,7 +99,7 @@ def test_the_report_names_what_was_not_expected(result):
 
 def printed(result: demo.DemoResult) -> str:
     stream = io.StringIO()
-    report(result, Console(file=stream, width=84, highlight=False))
+    report(result, Console(file=stream, width=80, highlight=False))
     return stream.getvalue()
 
 
