@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import honeytrace
+from honeytrace import ownership_cli
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -246,7 +247,6 @@ def extract(
 @main.command()
 @click.option(
     "--model",
-    required=True,
     help="The suspect: package.module:factory or file.py:factory. The factory may also give any callable "
     "from inputs to scores or labels, such as a client of somebody's API.",
 )
@@ -258,11 +258,13 @@ def extract(
 @click.option("--rule", type=click.Choice(["exact", "e-process"]), default="exact", show_default=True)
 @click.option("--triggers", type=int, help="Asked in each group, by scores.  [default: the watermark's]")
 @click.option("--graded-only", is_flag=True, help="Verify the graded mark alone, as served without flips.")
+@ownership_cli.asking
 @_json
 @click.pass_context
 def verify(
     context: click.Context,
-    model: str,
+    /,
+    model: str | None,
     weights: Path | None,
     watermark_file: Path,
     key_file: Path,
@@ -272,25 +274,28 @@ def verify(
     triggers: int | None,
     graded_only: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Ask a suspect about the triggers and decide; exit 0 for a claim, 1 for none."""
     with _refusing():
-        from honeytrace import userfiles
-
-        suspect = userfiles.make_model(model) if weights is None else userfiles.make_module(model, weights)
-        watermark = honeytrace.Watermark.load(watermark_file)
-        if graded_only:
-            watermark = watermark.without_flips()
-        with _stages() as stage, stage("asking the suspect") as progress:
-            verdict = honeytrace.verify(
-                suspect,
-                watermark,
-                _load_key(key_file),
+        chosen = _one_of(rule, "exact", "e-process")
+        if options["plan"]:
+            fields, text = ownership_cli.show_plan(watermark_file, graded_only, alpha, chosen, triggers)
+            _show(as_json, fields, lambda: click.echo(text))
+            return
+        with _stages() as stage:
+            verdict = ownership_cli.run(
+                options,
+                model=model,
+                weights=weights,
+                watermark_file=watermark_file,
+                key_file=key_file,
+                graded_only=graded_only,
+                stage=stage,
                 alpha=alpha,
                 answers=_one_of(answers, "auto", "scores", "labels"),
-                rule=_one_of(rule, "exact", "e-process"),
+                rule=chosen,
                 triggers=triggers,
-                progress=progress,
             )
         _show(as_json, verdict.to_dict(), lambda: click.echo(str(verdict)))
     context.exit(0 if verdict.claim else 1)
@@ -377,6 +382,8 @@ def _print_tree(fields: dict[str, Any], indent: str = "") -> None:
         else:
             click.echo(f"{indent}{name}: {'-' if value is None else value}")
 
+
+ownership_cli.add_to(main)
 
 if __name__ == "__main__":
     main()

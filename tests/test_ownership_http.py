@@ -256,7 +256,9 @@ def test_a_line_cut_off_is_asked_again_and_rubbish_is_refused(tmp_path):
     assert np.allclose(again(inputs), said, atol=1e-6)
     assert (again.remembered, again.asked) == (2, 1)
     again.close()
-    assert len(path.read_text().splitlines()) == 3
+    assert len(path.read_text().splitlines()) == 4  # the first line names the suspect
+    with pytest.raises(ValueError, match="another suspect"):
+        Journal(probabilities, path, name="somebody else")
     for rubbish in (
         "nonsense\n",
         '{"question": 3, "answer": 1}\n',

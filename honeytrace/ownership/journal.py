@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,7 @@ class Journal:
     Args:
         suspect: any suspect.
         path: the journal; made where there is none (mode 0600).
+        name: names the suspect; a journal begun with another name is refused. Not written down itself.
 
     Attributes:
         remembered: answers that came from the file or were given before.
@@ -37,12 +39,13 @@ class Journal:
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, suspect: Suspect, path: str | os.PathLike[str]) -> None:
+    def __init__(self, suspect: Suspect, path: str | os.PathLike[str], *, name: str = "") -> None:
         self._suspect = suspect
         self._known: dict[str, Any] = {}
         self.asked = 0
         self.remembered = 0
-        self._file = _open(Path(path), self._known)
+        head = {"journal": hashlib.sha256(name.encode("utf-8")).hexdigest()}
+        self._file = _open(Path(path), head, self._known)
 
     def __call__(self, inputs: Tensor) -> npt.NDArray[np.generic]:
         digests = [question_digest(question) for question in inputs]
@@ -67,7 +70,7 @@ class Journal:
         self._file.close()
 
 
-def _open(path: Path, known: dict[str, Any]) -> TextIO:
+def _open(path: Path, head: dict[str, str], known: dict[str, Any]) -> TextIO:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     file = os.fdopen(handle, "r+", encoding="ascii", errors="replace", newline="\n")
     whole = 0
@@ -76,9 +79,21 @@ def _open(path: Path, known: dict[str, Any]) -> TextIO:
             break  # cut off while it was written; the answer is asked for again
         try:
             content = json.loads(line)
-            if set(content) != {"question", "answer"} or not isinstance(content["question"], str):
+            if number == 1 and set(content) == {"journal"}:
+                if content != head:
+                    file.close()
+                    raise _AnotherSuspect(f"{path} is the journal of another suspect")
+                whole += len(line.encode("ascii", errors="replace"))
+                continue
+            if (
+                number == 1
+                or set(content) != {"question", "answer"}
+                or not isinstance(content["question"], str)
+            ):
                 raise ValueError
             read_answer(content["answer"])
+        except _AnotherSuspect:
+            raise
         except (ValueError, TypeError, RecursionError):
             file.close()
             raise ValueError(f"{path}, line {number}: this is no journal of a verification") from None
@@ -86,4 +101,11 @@ def _open(path: Path, known: dict[str, Any]) -> TextIO:
         whole += len(line.encode("ascii", errors="replace"))
     file.seek(whole)
     file.truncate()
+    if whole == 0:
+        file.write(canonical.line(head) + "\n")
+        file.flush()
     return file
+
+
+class _AnotherSuspect(ValueError):
+    pass
