@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import honeytrace
+from honeytrace.console import DIRECTORY, FILE, json_option, refusing, show
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -17,27 +18,23 @@ if TYPE_CHECKING:
 
 # Everything heavy is imported where it is used, as in cli.py.
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
-_DIRECTORY = click.Path(path_type=Path, file_okay=False)
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-
 _OPTIONS = (
     click.option("--url", help="The suspect's API, http or https, instead of --model."),
     click.option("--format", "form", help="file.py:factory that gives (encode, decode).  [default: JSON]"),
     click.option("--header", "headers", multiple=True, help='Sent with each request: "Name: value".'),
-    click.option("--header-file", type=_FILE, help="Headers from a file, one a line."),
+    click.option("--header-file", type=FILE, help="Headers from a file, one a line."),
     click.option("--top-k", type=int, help="The API gives its best answers only: number of classes."),
     click.option("--batch-size", type=int, default=32, show_default=True, help="Inputs in a request."),
     click.option("--per-second", type=float, help="Most requests a second.  [default: no limit]"),
     click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds for a request."),
     click.option("--tries", type=int, default=5, show_default=True, help="How often a request is sent."),
-    click.option("--journal", type=_FILE, help="Keep answers there and go on from it.  [default with --url: "
+    click.option("--journal", type=FILE, help="Keep answers there and go on from it.  [default with --url: "
                  "WATERMARK.journal]"),
-    click.option("--evidence", type=_DIRECTORY, help="Write a bundle for others to check; it opens the key."),
-    click.option("--commitment", type=_FILE, help="The commitment that was deposited, for the bundle."),
-    click.option("--beacon", type=_FILE, help="The beacon record of commit --beacon, for the bundle."),
+    click.option("--evidence", type=DIRECTORY, help="Write a bundle for others to check; it opens the key."),
+    click.option("--commitment", type=FILE, help="The commitment that was deposited, for the bundle."),
+    click.option("--beacon", type=FILE, help="The beacon record of commit --beacon, for the bundle."),
     click.option("--describe", default="", help="What was asked, in words, for the bundle."),
-    click.option("--sign", type=_FILE, help="Ed25519 private key (PEM) to sign the bundle with."),
+    click.option("--sign", type=FILE, help="Ed25519 private key (PEM) to sign the bundle with."),
     click.option("--plan", is_flag=True, help="Ask nothing: say what can be expected, and at which cost."),
 )  # fmt: skip
 
@@ -193,18 +190,18 @@ def _signer(path: Path) -> Ed25519PrivateKey:
 
 
 @click.command()
-@click.option("--watermark", "watermark_file", type=_FILE, required=True, help="File written by protect.")
-@click.option("--key", "key_file", type=_FILE, required=True, help="Key file.")
+@click.option("--watermark", "watermark_file", type=FILE, required=True, help="File written by protect.")
+@click.option("--key", "key_file", type=FILE, required=True, help="Key file.")
 @click.option("--model", help="The protected model: package.module:factory or file.py:factory.")
-@click.option("--weights", type=_FILE, help="Its weights, safetensors.")
+@click.option("--weights", type=FILE, help="Its weights, safetensors.")
 @click.option("--alpha", type=float, help="False-claim probability of the verification.  [default: 0.001]")
 @click.option("--rule", type=click.Choice(["exact", "e-process"]), help="Its test.  [default: exact]")
-@click.option("--output", type=_FILE, help="[default: commitment.json, or with --beacon bound.honeytrace]")
+@click.option("--output", type=FILE, help="[default: commitment.json, or with --beacon bound.honeytrace]")
 @click.option("--beacon", help="The public random value; binds the watermark to it.")
 @click.option("--source", default="", help="Where the value can be looked up, and when it was published.")
-@click.option("--commitment", type=_FILE, help="With --beacon: the commitment deposited before.")
-@click.option("--record", type=_FILE, help="With --beacon: where to write it.  [default: beacon.json]")
-@_json
+@click.option("--commitment", type=FILE, help="With --beacon: the commitment deposited before.")
+@click.option("--record", type=FILE, help="With --beacon: where to write it.  [default: beacon.json]")
+@json_option
 def commit(
     watermark_file: Path,
     key_file: Path,
@@ -224,9 +221,7 @@ def commit(
     First without --beacon: writes a commitment that reveals nothing; deposit it with somebody whose date
     counts. Then, when the value has become known: with --beacon. Serve the bound watermark only.
     """
-    from honeytrace import cli
-
-    with cli._refusing():
+    with refusing():
         from honeytrace import userfiles
         from honeytrace.ownership.commitment import Commitment, bind
 
@@ -261,17 +256,17 @@ def commit(
             text = (
                 f"{place}: serve and verify with this watermark from now on; {told} belongs to the evidence"
             )
-        cli._show(as_json, found, lambda: click.echo(text))
+        show(as_json, found, lambda: click.echo(text))
 
 
 @click.command("check-evidence")
-@click.argument("directory", type=_DIRECTORY)
+@click.argument("directory", type=DIRECTORY)
 @click.option("--beacon", help="The public random value as you looked it up.")
-@click.option("--deposited", type=_FILE, multiple=True, help="Each commitment the owner ever deposited.")
+@click.option("--deposited", type=FILE, multiple=True, help="Each commitment the owner ever deposited.")
 @click.option("--signed-by", help="Ed25519 public key, 64 hexadecimal digits, that must have signed.")
 @click.option("--model", help="Ask this suspect all questions again: file.py:factory.")
-@click.option("--weights", type=_FILE, help="Its weights, safetensors.")
-@_json
+@click.option("--weights", type=FILE, help="Its weights, safetensors.")
+@json_option
 @click.pass_context
 def check_evidence(
     context: click.Context,
@@ -284,9 +279,7 @@ def check_evidence(
     as_json: bool,
 ) -> None:
     """Derive everything in a bundle again; exit 0 for a claim that stands, 1 for none, 2 for a mismatch."""
-    from honeytrace import cli
-
-    with cli._refusing():
+    with refusing():
         from honeytrace import userfiles
         from honeytrace.ownership.commitment import Commitment
         from honeytrace.ownership.evidence import check
@@ -303,5 +296,5 @@ def check_evidence(
             signed_by=signed_by,
             suspect=suspect,
         )
-        cli._show(as_json, found.to_dict(), lambda: click.echo(str(found)))
+        show(as_json, found.to_dict(), lambda: click.echo(str(found)))
     context.exit(2 if found.problems else 0 if found.claim else 1)
