@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,3 +190,19 @@ def test_many_commitments_are_chances_that_the_multiplication_accounts_for():
         assert claimed <= binom.ppf(1 - 1e-6, 20_000, 0.05)
         if m > 1:
             assert (best <= 0.05).mean() > 0.3  # uncorrected, it would be a false claim more often than not
+
+
+@pytest.mark.slow
+def test_the_null_audit_finds_no_more_false_claims_than_allowed(tmp_path):
+    """bench/null_audit.py, small; a second run goes on from what the first one kept."""
+    bench = Path(__file__).resolve().parent.parent / "bench" / "null_audit.py"
+    module = runpy.run_path(str(bench))
+    said: list[str] = []
+    found = module["audit"]("digits", 2, 1, 200, tmp_path, said.append)["figures"]
+    again = module["audit"]("digits", 2, 1, 200, tmp_path, said.append)["figures"]
+    assert found == again
+    for name, row in found["tests"].items():
+        if name != "t-test":
+            # A fixed seed, and 99.5% three times for four tests: it holds or the audit is broken.
+            assert all(row["false_claims"][level] <= row["allowed"][level] for level in row["allowed"]), name
+    assert "| t-test |" in module["table"](found)
