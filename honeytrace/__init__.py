@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from honeytrace.ops.rule import WatermarkRule as WatermarkRule
     from honeytrace.ownership.verdict import Verdict as Verdict
     from honeytrace.ownership.verify import verify as verify
+    from honeytrace.rehearsal import rehearse as rehearse
     from honeytrace.watermark.calibration import calibrate as calibrate
     from honeytrace.watermark.key import SecretKey as SecretKey
     from honeytrace.watermark.watermark import Watermark as Watermark
@@ -40,6 +41,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "models": ("honeytrace.models", None),
     "ops": ("honeytrace.ops", None),
     "reference": ("honeytrace.ops.reference", None),
+    "rehearse": ("honeytrace.rehearsal", "rehearse"),
     "training": ("honeytrace.training", None),
     "verify": ("honeytrace.ownership.verify", "verify"),
 }
@@ -57,6 +59,7 @@ __all__ = [
     "models",
     "ops",
     "reference",
+    "rehearse",
     "training",
     "verify",
 ]
