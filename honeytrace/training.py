@@ -172,7 +172,7 @@ def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 512) -> Tenso
         raise ValueError(f"inputs must have shape [N, ...], got {list(inputs.shape)}")
     device = _device(model)
     answers: list[Tensor] = []
-    with _evaluating(model):
+    with evaluating(model):
         for batch in torch.split(inputs, batch_size):
             logits = model(batch.to(device))
             _check_logits(logits, batch)
@@ -300,7 +300,7 @@ def _arranged(batch: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; outside, each submodule's own mode (a caller may have frozen some of them)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from honeytrace.watermark.head import evaluating, features_and_logits, find_head, get_head
+from honeytrace.training import evaluating
+from honeytrace.watermark.head import features_and_logits, find_head, get_head
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+
+from honeytrace.training import evaluating
 
 Suspect = Callable[[Tensor], Any]
 """From inputs float32 [n, ...] to scores [n, C] or labels [n]: a tensor, an array, or nested lists."""
@@ -34,15 +36,8 @@ def keyed_order(seed: int, purpose: str, length: int) -> list[int]:
 @contextmanager
 def quiet(suspect: Suspect) -> Iterator[None]:
     """No gradients; an nn.Module is in eval mode inside, and each submodule gets its own mode back."""
-    modes = [(part, part.training) for part in suspect.modules()] if isinstance(suspect, nn.Module) else []
-    try:
-        if isinstance(suspect, nn.Module):
-            suspect.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    with evaluating(suspect) if isinstance(suspect, nn.Module) else nullcontext(), torch.no_grad():
+        yield
 
 
 def ask(suspect: Suspect, inputs: Tensor) -> npt.NDArray[np.generic]:

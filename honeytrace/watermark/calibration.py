@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from honeytrace.ops import Bank
 from honeytrace.ops.rule import WatermarkRule, check_integer, check_number
-from honeytrace.training import Progress, predict
+from honeytrace.training import Progress, evaluating, predict
 from honeytrace.watermark.groups import TriggerGroup, draw_target
-from honeytrace.watermark.head import evaluating, features_and_logits, find_head, get_head
+from honeytrace.watermark.head import features_and_logits, find_head, get_head
 from honeytrace.watermark.key import KeyStream, SecretKey
 from honeytrace.watermark.probes import MOST_CLASSES, roads
 from honeytrace.watermark.proposals import (

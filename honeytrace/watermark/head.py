@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from honeytrace.training import evaluating
 
 
 def find_head(model: nn.Module, example: Tensor) -> str:
@@ -86,15 +87,3 @@ def features_and_logits(model: nn.Module, head: str, batch: Tensor) -> tuple[Ten
         shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(f"the head {head!r} must get features [B, D] with B={len(batch)}, got {shape}")
     return features.float(), logits.float()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every submodule's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
