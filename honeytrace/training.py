@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+Precision: TypeAlias = Literal["float32", "bfloat16"]
+"""What the forward pass of a training step computes in."""
 
 # Share of all steps in which the learning rate rises.
 _RISE = 0.25
@@ -65,6 +68,7 @@ def fit(
     optimizer: Literal["adamw", "sgd"] = "adamw",
     weight_decay: float = 0.01,
     augment: Augment | None = None,
+    precision: Precision = "float32",
     progress: Progress | None = None,
 ) -> History:
     """Train `model` in place on labels or on probabilities, by cross entropy.
@@ -88,6 +92,8 @@ def fit(
         optimizer: "adamw" (arXiv 1711.05101) or "sgd" with Nesterov momentum 0.9.
         weight_decay: default 0.01; decoupled for "adamw".
         augment: changes each batch before it is learned.
+        precision: "float32" (default), or "bfloat16": the forward pass under autocast, weights and updates in
+            float32. Where the processor has bfloat16 instructions a step takes half the time or less.
         progress: told of every batch.
 
     Returns:
@@ -105,9 +111,11 @@ def fit(
         learning_rate=learning_rate,
         optimizer=optimizer,
         weight_decay=weight_decay,
+        precision=precision,
     )
     targets = targets.long() if labels else targets.float()
     device = _device(model)
+    halved = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     batches = math.ceil(len(inputs) / batch_size)
     order = torch.Generator().manual_seed(seed)
     # A stream of its own for augmentation, so that turning it on leaves the order of the samples as it was.
@@ -130,7 +138,8 @@ def fit(
                 if augment is not None:
                     batch = augment(batch, changes)
                 wanted = targets[chosen.to(targets.device)].to(device)
-                logits = model(_arranged(batch.to(device)))
+                with halved:
+                    logits = model(_arranged(batch.to(device)))
                 _check_logits(logits, wanted)
                 if step == 0:
                     _check_classes(logits, targets)
@@ -223,6 +232,7 @@ def check_settings(
     learning_rate: float = 1.0,
     optimizer: str = "adamw",
     weight_decay: float = 0.0,
+    precision: str = "float32",
 ) -> None:
     """Raise what `fit` would raise for these settings: for work that must not fail after costly steps.
 
@@ -238,6 +248,8 @@ def check_settings(
         raise ValueError(f"weight_decay must be finite and 0 or more, got weight_decay={weight_decay}")
     if optimizer not in ("adamw", "sgd"):
         raise ValueError(f'optimizer must be "adamw" or "sgd", got optimizer={optimizer!r}')
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
 
 
 def _one_cycle(step: int, total: int) -> float:

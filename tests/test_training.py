@@ -50,6 +50,30 @@ def test_learns_labels_and_probabilities(
     assert history.accuracy[-1] > 0.95
 
 
+def test_bfloat16_learns_in_half_precision_with_weights_and_updates_in_float32(
+    images: tuple[Tensor, Tensor],
+) -> None:
+    seen: list[torch.dtype] = []
+
+    class Head(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            logits = super().forward(input)
+            if self.training:
+                seen.append(logits.dtype)
+            return logits
+
+    def model() -> nn.Module:
+        return nn.Sequential(small_cnn(16, 1, 8, width=8), Head(16, 4))
+
+    copies = [seeded(model, 0) for _ in range(2)]
+    for copy in copies:
+        fit(copy, *images, epochs=6, seed=0, batch_size=32, learning_rate=5e-3, precision="bfloat16")
+    assert set(seen) == {torch.bfloat16}
+    assert all(weight.dtype == torch.float32 for weight in copies[0].parameters())
+    assert same(weights(copies[0]), weights(copies[1]))
+    assert accuracy(copies[0], *quarters(200, seed=1)) >= 0.95
+
+
 def test_same_seed_same_bits_and_another_seed_others(images: tuple[Tensor, Tensor]) -> None:
     def trained(seed: int, noise: int) -> tuple[list[Tensor], training.History]:
         torch.manual_seed(noise)  # the global state must not matter
@@ -204,6 +228,7 @@ def test_bad_data_is_named(inputs: Tensor, targets: Tensor, error: type[Exceptio
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be finite and above 0"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be finite and 0 or more"),
         ({"optimizer": "lion"}, ValueError, 'optimizer must be "adamw" or "sgd", got optimizer=\'lion\''),
+        ({"precision": "half"}, ValueError, "precision must be one of float32, bfloat16, got 'half'"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], error: type[Exception], message: str) -> None:
