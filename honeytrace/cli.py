@@ -211,15 +211,14 @@ def extract(
             asked = honeytrace.Watermark.load(watermark_file).protect(asked)
         inputs = userfiles.load_inputs(pool)
         with stages() as stage, stage("extracting a copy") as progress:
-            found = extraction.random_queries(
+            found = extraction.outliers(
                 extraction.api(asked),
                 inputs,
-                surrogate=lambda: userfiles.make_module(surrogate, None),
-                epochs=epochs,
+                extraction.Recipe(lambda: userfiles.make_module(surrogate, None), epochs),
                 seed=seed,
-                labels="soft" if labels == "soft" else "top1",
                 budget=budget,
-                drop_worst=drop_worst,
+                labels="soft" if labels == "soft" else "top1",
+                share=drop_worst,
                 progress=progress,
             )
         userfiles.save_weights(found.surrogate, output)

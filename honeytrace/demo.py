@@ -416,14 +416,13 @@ class _Road:
 
         def train() -> nn.Module:
             with self.stage(text) as report:
-                return extraction.random_queries(
+                return extraction.outliers(
                     extraction.api(asked),
                     queries,
-                    surrogate=self._small,
-                    epochs=passes,
+                    extraction.Recipe(self._small, passes),
                     seed=seed,
                     labels=labels,
-                    drop_worst=drop_worst,
+                    share=drop_worst,
                     progress=report,
                 ).surrogate
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from honeytrace.extraction import api, random_queries
+from honeytrace.extraction import Recipe, api, random_queries
 from honeytrace.ownership import Verdict, verify
 from honeytrace.training import Progress
 from honeytrace.watermark import SecretKey, Watermark
@@ -74,12 +74,9 @@ def rehearse(
         TypeError, ValueError: as `random_queries` and `verify`.
     """
     answers = api(watermark.protect(model))
-    soft = random_queries(
-        answers, inputs, surrogate=surrogate, epochs=epochs, seed=seed, labels="soft", progress=progress
-    )
-    top1 = random_queries(
-        answers, inputs, surrogate=surrogate, epochs=epochs, seed=seed, labels="top1", progress=progress
-    )
+    recipe = Recipe(surrogate, epochs)
+    soft = random_queries(answers, inputs, recipe, seed=seed, labels="soft", progress=progress)
+    top1 = random_queries(answers, inputs, recipe, seed=seed, labels="top1", progress=progress)
     return Rehearsal(
         soft=verify(soft.surrogate, watermark, key, alpha=alpha),
         top1=verify(top1.surrogate, watermark, key, alpha=alpha),

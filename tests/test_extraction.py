@@ -5,10 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from honeytrace.extraction import (
+    Recipe,
     agreement,
     api,
     ask,
     fidelity,
+    outliers,
     predicted_labels,
     random_queries,
     worst_dropped,
@@ -34,14 +36,14 @@ def victim() -> nn.Module:
 
 
 POOL = points(600, 1)
-SETTINGS = {"surrogate": net, "epochs": 12, "seed": 7, "batch_size": 50, "learning_rate": 2e-2}
+RECIPE = Recipe(net, epochs=12, batch_size=50, learning_rate=2e-2)
 
 
 @pytest.mark.parametrize(
     ("answers", "labels"), [("probabilities", "soft"), ("probabilities", "top1"), ("labels", "top1")]
 )
 def test_a_copy_comes_out(victim: nn.Module, answers: str, labels: str) -> None:
-    stolen = random_queries(api(victim, answers=answers), POOL, labels=labels, **SETTINGS)
+    stolen = random_queries(api(victim, answers=answers), POOL, RECIPE, seed=7, labels=labels)
     assert fidelity(stolen.surrogate, victim, points(600, 2)) > 0.9
     assert sorted(stolen.indices.tolist()) == list(range(600))
     assert torch.equal(stolen.queries, POOL[stolen.indices])
@@ -61,13 +63,13 @@ def test_the_budget_is_kept_and_the_seed_fixes_everything(victim: nn.Module) -> 
         sent.append(inputs)
         return victim(inputs).softmax(1)
 
-    first = random_queries(counted, POOL, budget=101, **SETTINGS)
+    first = random_queries(counted, POOL, RECIPE, seed=7, budget=101)
     assert sum(len(batch) for batch in sent) == 101
     assert torch.equal(torch.cat(sent), first.queries)
     assert len(first.indices.unique()) == 101
     torch.manual_seed(99)
-    again = random_queries(api(victim), POOL, budget=101, **SETTINGS)
-    other = random_queries(api(victim), POOL, budget=101, **{**SETTINGS, "seed": 8})
+    again = random_queries(api(victim), POOL, RECIPE, seed=7, budget=101)
+    other = random_queries(api(victim), POOL, RECIPE, seed=8, budget=101)
     assert torch.equal(first.indices, again.indices)
     state, same = first.surrogate.state_dict(), again.surrogate.state_dict()
     assert all(torch.equal(state[name], same[name]) for name in state)
@@ -86,7 +88,7 @@ def test_dropping_the_worst_finds_overwritten_answers(victim: nn.Module, labels:
     def lied(inputs: Tensor) -> Tensor:
         return (inputs.sum(1) * 1e4).round().long() % 33 == 0
 
-    filtered = random_queries(lying, POOL, labels=labels, drop_worst=0.1, **SETTINGS)
+    filtered = outliers(lying, POOL, RECIPE, seed=7, labels=labels, share=0.1)
     assert len(filtered.queries) == len(filtered.answers) == 600  # the record is whole
     assert len(filtered.kept) == 540
     assert filtered.kept.tolist() == sorted(set(filtered.kept.tolist()))
@@ -134,7 +136,7 @@ def test_rounded_answers_are_learned_and_kept_as_they_came(victim: nn.Module) ->
     def rounded(inputs: Tensor) -> Tensor:
         return (victim(inputs).softmax(1) * 200).round() / 200
 
-    stolen = random_queries(rounded, POOL, **SETTINGS)
+    stolen = random_queries(rounded, POOL, RECIPE, seed=7)
     assert torch.equal(stolen.answers, rounded(stolen.queries))
     assert (stolen.answers.sum(1) != 1).any()
     assert fidelity(stolen.surrogate, victim, POOL) > 0.9
@@ -142,9 +144,8 @@ def test_rounded_answers_are_learned_and_kept_as_they_came(victim: nn.Module) ->
 
 def test_progress_reports_asking_then_learning(victim: nn.Module) -> None:
     told: list[tuple[int, int, str]] = []
-    random_queries(
-        api(victim), POOL, progress=lambda *report: told.append(report), **{**SETTINGS, "epochs": 1}
-    )
+    recipe = Recipe(net, epochs=1, batch_size=50)
+    random_queries(api(victim), POOL, recipe, seed=7, progress=lambda *report: told.append(report))
     assert told[:3] == [(256, 600, "asking"), (512, 600, "asking"), (600, 600, "asking")]
     assert told[3][:2] == (1, 12)
     assert told[-1][:2] == (12, 12)
@@ -203,7 +204,7 @@ BAD_ANSWERS = [
 @pytest.mark.parametrize(("answer", "error", "message"), BAD_ANSWERS)
 def test_malformed_answers_are_named(answer: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        random_queries(answer, POOL, budget=100, **SETTINGS)
+        random_queries(answer, POOL, RECIPE, seed=7, budget=100)
 
 
 def test_answers_that_change_their_shape_are_named() -> None:
@@ -218,12 +219,8 @@ def test_answers_that_change_their_shape_are_named() -> None:
         ({"budget": 601}, ValueError, "got budget=601"),
         ({"budget": 2.0}, TypeError, "budget must be an int or None, got float"),
         ({"labels": "hard"}, ValueError, 'labels must be "soft" or "top1", got labels=\'hard\''),
-        ({"drop_worst": 1.0}, ValueError, r"drop_worst must be in \[0, 1\), got drop_worst=1.0"),
-        ({"surrogate": nn.Linear(6, 3)}, TypeError, "surrogate must be a callable that makes a fresh model"),
+        ({"share": 1.0}, ValueError, r"share must be in \[0, 1\), got share=1.0"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got seed=-1"),
-        ({"epochs": 0}, ValueError, "epochs must be at least 1"),
-        ({"learning_rate": -1.0}, ValueError, "learning_rate must be finite and above 0"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], error: type[Exception], message: str) -> None:
@@ -231,15 +228,30 @@ def test_bad_settings_are_named(settings: dict[str, object], error: type[Excepti
         raise AssertionError("asked before the settings were checked")
 
     with pytest.raises(error, match=message):
-        random_queries(never, POOL, **{**SETTINGS, **settings})
+        outliers(never, POOL, RECIPE, **{"seed": 7, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"surrogate": nn.Linear(6, 3)}, TypeError, "surrogate must be a callable that makes a fresh model"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1"),
+        ({"learning_rate": -1.0}, ValueError, "learning_rate must be finite and above 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"precision": "half"}, ValueError, "precision must be one of float32, bfloat16"),
+    ],
+)
+def test_bad_recipes_are_named(settings: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Recipe(**{"surrogate": net, "epochs": 1, **settings})
 
 
 def test_bad_pools_and_models_are_named(victim: nn.Module) -> None:
     with pytest.raises(TypeError, match="pool must be a tensor, got list"):
-        random_queries(api(victim), [1.0], **SETTINGS)
+        random_queries(api(victim), [1.0], RECIPE, seed=7)
     for pool in (POOL[:0], POOL.long(), POOL[0]):
         with pytest.raises(ValueError, match=r"pool must be floating point \[N, ...\]"):
-            random_queries(api(victim), pool, **SETTINGS)
+            random_queries(api(victim), pool, RECIPE, seed=7)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
         api(lambda x: x)
     with pytest.raises(

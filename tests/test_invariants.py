@@ -348,9 +348,8 @@ def test_a_copy_is_claimed_and_an_innocent_one_is_not(tmp_path):
         def surrogate() -> nn.Module:
             return models.tiny_cnn(10, 1, 8, width=12)
 
-        return extraction.random_queries(
-            api, split.pool.inputs, surrogate=surrogate, epochs=5, seed=9
-        ).surrogate
+        recipe = extraction.Recipe(surrogate, epochs=5)
+        return extraction.random_queries(api, split.pool.inputs, recipe, seed=9).surrogate
 
     model = training.seeded(victim, 1)
     training.fit(model, *split.train, epochs=4, seed=1)

@@ -11,6 +11,12 @@ from honeytrace.training import History, Progress, predict
 Api: TypeAlias = Callable[[Tensor], Tensor]
 """Inputs [B, ...] to probabilities [B, C] (floating point) or labels [B] (integers)."""
 
+Labels: TypeAlias = Literal["soft", "top1"]
+"""What a copy learns from: the answers' probabilities, or their most probable class."""
+
+Needs: TypeAlias = Literal["scores", "labels"]
+"""What an attack needs of the API: probabilities, or no more than labels."""
+
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -24,9 +30,15 @@ class Extraction(NamedTuple):
     answers: Tensor
     """What came back, as it came: probabilities float32 [n, C], or labels int64 [n]."""
     indices: Tensor
-    """Row of each query in the attacker's pool, int64 [n]."""
+    """Row of each query in the attacker's pool, int64 [n]: the row it was made from, where the attack changes
+    inputs before it sends them; -1 where it was made from nothing."""
     kept: Tensor
-    """Rows of `queries` that the surrogate was finally trained on, int64, ascending; all if none dropped."""
+    """Rows of `queries` the surrogate was finally trained on, int64 [m], ascending; all if none left out."""
+    targets: Tensor
+    """What the surrogate finally learned about the kept rows: probabilities [m, C] or labels int64 [m]."""
+    suspected: Tensor
+    """Rows of `queries` whose answers the attacker believes bent, int64, ascending; empty where the attack
+    does not ask itself that. They were left out, or their targets were changed."""
     history: History
     """The surrogate's training (the last one, where it was trained more than once)."""
 
@@ -96,7 +108,7 @@ def ask(api: Api, queries: Tensor, *, batch_size: int = 256, progress: Progress 
     collected: list[Tensor] = []
     done = 0
     for batch in torch.split(queries, batch_size):
-        answers = _checked(api(batch), len(batch)).to(queries.device)
+        answers = checked(api(batch), len(batch)).to(queries.device)
         if collected and answers.shape[1:] != collected[0].shape[1:]:
             raise ValueError(
                 f"api changed the shape of its answers on the way: after {list(collected[0].shape)} "
@@ -150,7 +162,7 @@ def agreement(first: Tensor, second: Tensor) -> float:
     return float((first == second.to(first.device)).double().mean())
 
 
-def _checked(answers: Tensor, count: int) -> Tensor:
+def checked(answers: Tensor, count: int) -> Tensor:
     """The answers to `count` queries as float32 [count, C] or int64 [count]; anything else raises."""
     if not isinstance(answers, Tensor):
         raise TypeError(f"api must give a tensor, got {type(answers).__name__}")
