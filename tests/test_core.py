@@ -366,6 +366,34 @@ def test_full_weight_gives_the_target_and_answers_stay_finite():
     assert mixed.logits.tolist() == [[65504.0, -65504.0]]
 
 
+def nearest_bfloat16(x):
+    """Round to nearest, ties to even, on the bits."""
+    bits = x.view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 16, 40, 2048])
+def test_answers_in_half_types_are_rounded_to_nearest_even(classes):
+    """Seen on flipped rows, whose answer is the target: any finite float32, subnormals and ties included."""
+    rng = numbers(classes)
+    target = rng.integers(0, 2**32, (1, classes), dtype=np.uint32)
+    target[:, ::3] &= np.uint32(0xFFFF8000)  # ties of bfloat16
+    target[:, 1::3] = (rng.integers(0, 2, classes)[1::3] << 31) | (
+        (rng.integers(96, 144, classes)[1::3] << 23) | (rng.integers(0, 2**12, classes)[1::3] << 11)
+    )  # around the range of float16, with ties
+    target = target.view(np.float32)
+    target[~np.isfinite(target)] = 1.5
+    always = shaped_rule(flip_bins=1)
+    for logits, largest in ((np.ones((2, classes), np.float16), 65504.0), (None, 3.3895313892515355e38)):
+        given_ = to_bfloat16(np.ones((2, classes))) if logits is None else logits
+        mixed = core.watermark_mix(given_, np.ones((2, 1)), target, np.zeros(2), rule=always)
+        assert mixed.flipped.all()
+        clamped = np.clip(target, np.float32(-largest), np.float32(largest))
+        with np.errstate(over="ignore", under="ignore"):
+            expected = nearest_bfloat16(clamped) if logits is None else clamped.astype(np.float16)
+        assert np.array_equal(mixed.logits[1].view(np.uint16), expected[0].view(np.uint16))
+
+
 def philox(counter, key):
     """The definition, in Python integers."""
     (c0, c1, c2, c3), (k0, k1) = counter, key

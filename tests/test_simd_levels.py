@@ -18,6 +18,9 @@ import core_calls as core  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ["scalar", "avx2", "avx512", "neon"]
+# bit patterns of bfloat16 from 0.5 to 2 and their negatives
+HALVES = np.random.default_rng(3).integers(0x3F00, 0x4000, (37, 43)).astype(np.uint16)
+HALVES[::2] |= np.uint16(0x8000)
 METRICS = [("l1", 0.0), ("l2", 0.0), ("cosine", 0.0), ("lp", 1.5), ("lp", 2.3), ("lp", 3.0), ("lp", 5.0)]
 
 
@@ -106,6 +109,13 @@ def everything(level: str) -> dict[str, bytes]:
         rule=rule,
         seed=1,
     )
+    bent = rng.random((37, 2)).astype(np.float32)
+    for name, given in (("float32", logits), ("float16", logits.astype(np.float16)), ("bfloat16", HALVES)):
+        for space in (0, 1):
+            answers = core.watermark_mix(
+                given, bent, target, np.arange(37), rule=(*rule[:4], space, *rule[5:])
+            )
+            out[f"{name}{space}"] = answers.logits.tobytes()
     return out | {"similarity": similarity.tobytes(), "answers": mixed.logits.tobytes()}
 
 

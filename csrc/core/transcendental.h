@@ -1,5 +1,5 @@
-// exp, and powers with any positive exponent, for a value type V with the operations of cpu/vec.h and V(x) for a
-// constant. The polynomials are minimax fits made for this file (Lawson's iteration, error noted at each).
+// exp, log(1 + x), and powers with any positive exponent, for a value type V with the operations of cpu/vec.h and V(x)
+// for a constant. The polynomials are minimax fits made for this file (Lawson's iteration, error noted at each).
 #pragma once
 
 #include "hd.h"
@@ -24,6 +24,21 @@ HONEYTRACE_HD V exp_negative(V x) {
     p = add(fma(mul(p, r), r, r), V(1.0f));
     // n reaches -126 only with r >= 0 after the clamp, so the result stays normal.
     return select(less(x, lowest), V(0.0f), mul(p, power_of_two(maximum(n, V(-126.0f)))));
+}
+
+// log(1 + x) for x in [0, 1], absolute error 1e-7 (of the polynomial alone: 5e-9).
+template <class V>
+HONEYTRACE_HD V log1p_unit(V x) {
+    V p = V(3.930455539e-3f);
+    p = fma(p, x, V(-2.385544963e-2f));
+    p = fma(p, x, V(6.808467954e-2f));
+    p = fma(p, x, V(-0.1269088686f));
+    p = fma(p, x, V(0.1856981665f));
+    p = fma(p, x, V(-0.2467268705f));
+    p = fma(p, x, V(0.3328966796f));
+    p = fma(p, x, V(-0.4999709427f));
+    p = fma(p, x, V(0.9999993443f));
+    return mul(p, x);
 }
 
 // log2 of a positive normal x as whole + fraction, the fraction in [-0.5, 0.5], absolute error 7e-9.

@@ -59,11 +59,29 @@ struct HashTask {
     int64_t* bucket;
 };
 
-// confidence[i] = max softmax of row i of float32 logits.
-struct ConfidenceTask {
+// What a row's softmax needs: its largest logit and sum exp(logit - largest), the latter only if asked for.
+struct Softmax {
+    bool finite;  // no NaN or infinity among the logits; otherwise the rest is 0
+    float largest, sum;
+};
+struct SoftmaxTask {
+    const void* row;
+    DType dtype;
+    size_t columns;
+    bool with_sum;
+    float* wide;  // the row as float32 is written here; null for a float32 row, which is read where it is
+};
+
+// Bends the answer of one row towards a target; without logits the answer is the target. The logs are of 1 - w, and
+// of w times the sum of exp(logit).
+struct BendTask {
     const float* logits;
-    size_t logits_stride, batch, classes;
-    float* confidence;
+    const float* target;
+    size_t columns;
+    int space;  // 0 logits, 1 probabilities
+    float weight, log_keep, take, target_lse, target_lse_low;
+    DType dtype;
+    void* out;
 };
 
 struct Kernels {
@@ -72,7 +90,8 @@ struct Kernels {
     void (*normalise_rows)(const DistanceTask&);
     void (*distance)(const DistanceTask&);
     void (*sign_hash)(const HashTask&);
-    void (*confidence)(const ConfidenceTask&);
+    Softmax (*softmax)(const SoftmaxTask&);
+    void (*bend)(const BendTask&);
 };
 
 }  // namespace honeytrace

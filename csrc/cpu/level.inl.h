@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/distance.inl.h"
+#include "cpu/mixing.inl.h"
 #include "cpu/rows.inl.h"
 
 #define HT_STRINGIFY(x) #x
@@ -10,7 +11,12 @@
 namespace honeytrace::HONEYTRACE_LEVEL {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {HT_NAME(HONEYTRACE_LEVEL), load_rows_kernel, normalise_rows_kernel,
-                          distance_kernel,           sign_hash_kernel, confidence_kernel};
+const Kernels kKernels = {HT_NAME(HONEYTRACE_LEVEL),
+                          load_rows_kernel,
+                          normalise_rows_kernel,
+                          distance_kernel,
+                          sign_hash_kernel,
+                          softmax_kernel,
+                          bend_kernel};
 
 }  // namespace honeytrace::HONEYTRACE_LEVEL

@@ -51,9 +51,11 @@ void for_blocks(size_t batch, size_t block, size_t threads, const Body& body) {
 // Memory of one block, cut into aligned pieces. It belongs to the thread and is used again by its next block.
 class Scratch {
 public:
-    static Scratch& of_this_thread() {
-        thread_local Scratch scratch;
-        return scratch;
+    enum Use { kQueries, kAnswers };
+
+    static Scratch& of_this_thread(Use use) {
+        thread_local Scratch scratch[2];
+        return scratch[use];
     }
 
     // Room for pieces of these sizes in bytes; their addresses follow by take().
@@ -101,7 +103,7 @@ struct QueryBlock {
 
     QueryBlock(const RowSource& source, size_t k_, bool cosine) : batch(source.rows), features(source.columns), k(k_) {
         const size_t floats = batch * features;
-        Scratch& scratch = Scratch::of_this_thread();
+        Scratch& scratch = Scratch::of_this_thread(Scratch::kQueries);
         scratch.reserve({floats * 4, cosine ? floats * 4 : 0, batch, batch, k ? floats * 4 : 0, batch * k * 8,
                          batch * sizeof(SmallestK)});
         queries = scratch.take<float>(floats);
@@ -154,84 +156,90 @@ double work_of(const Bank& bank, size_t batch) {
            static_cast<double>(bank.features);
 }
 
-void store_one(void* row, DType dtype, size_t column, double value) {
-    const float rounded =
-        static_cast<float>(std::clamp(value, -double{baseline::kLargestFloat32}, double{baseline::kLargestFloat32}));
-    if (dtype == DType::kFloat32) {
-        static_cast<float*>(row)[column] = rounded;
-    } else {
-        static_cast<uint16_t*>(row)[column] =
-            dtype == DType::kFloat16 ? baseline::float16_from_float(rounded) : baseline::bfloat16_from_float(rounded);
-    }
-}
-
-double log_sum_exp(const float* values, size_t count) {
-    double largest = -INFINITY;
-    for (size_t c = 0; c < count; ++c) largest = std::max(largest, double{values[c]});
-    double sum = 0.0;
-    for (size_t c = 0; c < count; ++c) sum += std::exp(values[c] - largest);
-    return largest + std::log(sum);
-}
-
-// Writes the bent answer of one row. logits: float32 copy of the row.
-void write_mixed(const float* logits, size_t classes, const float* target, int space, double weight, DType dtype,
-                 void* out) {
-    if (space == 0) {
-        const float rounded = static_cast<float>(weight);
-        for (size_t c = 0; c < classes; ++c)
-            store_one(out, dtype, c, baseline::mix_logit(logits[c], target[c], rounded));
-        return;
-    }
-    const double lse = log_sum_exp(logits, classes), target_lse = log_sum_exp(target, classes);
-    const double log_keep = std::log(1.0 - weight), log_weight = std::log(weight);
-    for (size_t c = 0; c < classes; ++c)
-        store_one(out, dtype, c,
-                  baseline::mix_probability(logits[c], log_keep, lse, log_weight, target[c] - target_lse));
-}
-
-// A block of logits as float32, with the confidences where they are asked for.
-struct LogitsBlock {
+// The answers of a block, read as far as they are needed.
+struct AnswerBlock {
     RowSource source;
-    std::vector<float> values;
-    std::vector<uint8_t> finite;
-    std::vector<float> confidence;
+    float* wide;         // [rows][classes] of float16 and bfloat16, null for float32
+    Softmax* softmax;    // [rows]
+    double* target_lse;  // [groups], NaN until it is needed
 
-    LogitsBlock(const RowSource& source_, bool with_confidence)
-        : source(source_), values(source.rows * source.columns), finite(source.rows), confidence(source.rows, 1.0f) {
-        kernels().load_rows({source, values.data(), source.columns, finite.data()});
-        if (with_confidence)
-            kernels().confidence({values.data(), source.columns, source.rows, source.columns, confidence.data()});
+    AnswerBlock(const RowSource& source_, size_t groups) : source(source_), wide(nullptr) {
+        const size_t values = source.dtype == DType::kFloat32 ? 0 : source.rows * source.columns;
+        Scratch& scratch = Scratch::of_this_thread(Scratch::kAnswers);
+        scratch.reserve({values * sizeof(float), source.rows * sizeof(Softmax), groups * sizeof(double)});
+        if (values != 0) wide = scratch.take<float>(values);
+        softmax = scratch.take<Softmax>(source.rows);
+        target_lse = scratch.take<double>(groups);
+        std::fill(target_lse, target_lse + groups, NAN);
     }
 
-    const float* row(size_t i) const { return values.data() + i * source.columns; }
+    size_t row_bytes() const { return source.columns * size_of(source.dtype); }
     const void* original(size_t i) const { return slice(source, i, 1).data; }
+    const float* row(size_t i) const {
+        return wide != nullptr ? wide + i * source.columns : static_cast<const float*>(original(i));
+    }
+    void read(size_t i, bool with_sum) {
+        float* out = wide != nullptr ? wide + i * source.columns : nullptr;
+        softmax[i] = kernels().softmax({original(i), source.dtype, source.columns, with_sum, out});
+    }
+    float confidence(size_t i) const { return 1.0f / softmax[i].sum; }
+    double log_sum_exp(size_t i) const { return softmax[i].largest + std::log(double{softmax[i].sum}); }
+
+    double log_sum_exp_of_target(const float* target, size_t group) {
+        if (std::isnan(target_lse[group])) {
+            const Softmax of_target = kernels().softmax({target, DType::kFloat32, source.columns, true, nullptr});
+            target_lse[group] = of_target.largest + std::log(double{of_target.sum});
+        }
+        return target_lse[group];
+    }
 };
 
-// Bends the rows of a block that start at row `begin` of the batch.
-void mix_block(const LogitsBlock& block, const float* similarity, const int64_t* bucket, const Mixing& mixing,
+// Row i of the block is bent, its similarity being in (0, 1]; returns whether it was flipped.
+bool bend_row(AnswerBlock& block, size_t i, float similarity, size_t group, int64_t bucket, const Mixing& mixing,
+              void* out) {
+    const MixingRule& rule = mixing.rule;
+    const float confidence = rule.needs_confidence() ? block.confidence(i) : 1.0f;
+    const baseline::Decision decision = baseline::decide(rule, similarity, confidence, mixing.seed,
+                                                         static_cast<uint64_t>(bucket), static_cast<uint32_t>(group));
+    BendTask task{};
+    task.logits = decision.flipped ? nullptr : block.row(i);
+    task.target = mixing.target_logits + group * block.source.columns;
+    task.columns = block.source.columns;
+    task.space = rule.space;
+    task.dtype = block.source.dtype;
+    task.out = out;
+    task.weight = static_cast<float>(decision.weight);
+    if (!decision.flipped && rule.space == 1) {
+        const double target_lse = block.log_sum_exp_of_target(task.target, group);
+        task.log_keep = static_cast<float>(std::log1p(-decision.weight));
+        task.take = static_cast<float>(block.log_sum_exp(i) + std::log(decision.weight));
+        task.target_lse = static_cast<float>(target_lse);
+        task.target_lse_low = static_cast<float>(target_lse - task.target_lse);
+    }
+    kernels().bend(task);
+    return decision.flipped;
+}
+
+// Bends the rows of a block that start at row `begin` of the batch. `is_read`: their softmax is known, with its sum
+// where the rule needs a confidence; otherwise only rows that are bent are looked at.
+void mix_block(AnswerBlock& block, bool is_read, const float* similarity, const int64_t* bucket, const Mixing& mixing,
                size_t begin) {
-    const size_t classes = block.source.columns, row_bytes = classes * size_of(block.source.dtype);
+    const size_t row_bytes = block.row_bytes();
+    const bool needs_sum = mixing.rule.space == 1 || mixing.rule.needs_confidence();
     for (size_t i = 0; i < block.source.rows; ++i) {
         const float* of_row = similarity + i * mixing.groups;
-        const size_t group = block.finite[i] ? baseline::strongest_group(of_row, mixing.groups) : 0;
-        const float strongest = block.finite[i] && of_row[group] > 0.0f ? std::min(of_row[group], 1.0f) : 0.0f;
+        size_t group = baseline::strongest_group(of_row, mixing.groups);
+        const float strongest = std::min(of_row[group], 1.0f);
+        bool bent = strongest > 0.0f;
+        if (bent && (!is_read || (needs_sum && block.softmax[i].sum == 0.0f))) block.read(i, needs_sum);
+        if (bent && !block.softmax[i].finite) {
+            bent = false;
+            group = 0;
+        }
         void* out = static_cast<char*>(mixing.out) + (begin + i) * row_bytes;
         mixing.group[begin + i] = static_cast<int64_t>(group);
-        mixing.flipped[begin + i] = false;
-        if (strongest == 0.0f) {
-            std::memcpy(out, block.original(i), row_bytes);
-            continue;
-        }
-        const float* target = mixing.target_logits + group * classes;
-        const baseline::Decision decision =
-            baseline::decide(mixing.rule, strongest, block.confidence[i], mixing.seed, static_cast<uint64_t>(bucket[i]),
-                             static_cast<uint32_t>(group));
-        mixing.flipped[begin + i] = decision.flipped;
-        if (decision.flipped) {
-            for (size_t c = 0; c < classes; ++c) store_one(out, block.source.dtype, c, target[c]);
-        } else {
-            write_mixed(block.row(i), classes, target, mixing.rule.space, decision.weight, block.source.dtype, out);
-        }
+        mixing.flipped[begin + i] = bent && bend_row(block, i, strongest, group, bucket[i], mixing, out);
+        if (!bent) std::memcpy(out, block.original(i), row_bytes);
     }
 }
 
@@ -282,11 +290,11 @@ void sign_hash(const RowSource& features, const float* planes, size_t n_planes, 
 
 void watermark_mix(const RowSource& logits, const float* similarity, const int64_t* bucket, const Mixing& mixing,
                    size_t threads) {
-    // A row costs about as much as 8 multiply-adds for each class.
-    const size_t useful = useful_threads(8.0 * static_cast<double>(logits.rows * logits.columns), threads);
+    // A row costs about as much as 4 multiply-adds for each class.
+    const size_t useful = useful_threads(4.0 * static_cast<double>(logits.rows * logits.columns), threads);
     for_blocks(logits.rows, kLogitsRows, useful, [&](size_t begin, size_t rows) {
-        const LogitsBlock block(slice(logits, begin, rows), mixing.rule.needs_confidence());
-        mix_block(block, similarity + begin * mixing.groups, bucket + begin, mixing, begin);
+        AnswerBlock block(slice(logits, begin, rows), mixing.groups);
+        mix_block(block, false, similarity + begin * mixing.groups, bucket + begin, mixing, begin);
     });
 }
 
@@ -297,25 +305,27 @@ void watermark(const RowSource& features, const RowSource& logits, const Bank& b
     const size_t block = block_of(features.rows, features.columns, useful);
     const bool with_confidence = mixing.rule.needs_confidence() || rule.confidence_weight != 0.0f;
     for_blocks(features.rows, block, useful, [&](size_t begin, size_t rows) {
-        const LogitsBlock answers(slice(logits, begin, rows), with_confidence);
+        AnswerBlock answers(slice(logits, begin, rows), mixing.groups);
+        for (size_t i = 0; i < rows; ++i) answers.read(i, with_confidence);
         const QueryBlock queries(slice(features, begin, rows), neighbours.k, neighbours.metric == Metric::kCosine);
         const DistanceTask task = queries.task(neighbours);
         float* of_block = similarity + begin * bank.groups;
         for (size_t group = 0; group < bank.groups; ++group)
             distances_to_group(task, bank, group, of_block + group, bank.groups, nullptr, 0);
         for (size_t i = 0; i < rows; ++i) {
+            const bool finite = queries.finite[i] && answers.softmax[i].finite;
+            const float confidence = with_confidence ? answers.confidence(i) : 1.0f;
             for (size_t group = 0; group < bank.groups; ++group) {
                 float& value = of_block[i * bank.groups + group];
-                value = queries.finite[i] && answers.finite[i]
-                            ? baseline::similarity_of(value, answers.confidence[i], rule.offset[group],
-                                                      rule.scale[group], rule.confidence_weight)
-                            : 0.0f;
+                value = finite ? baseline::similarity_of(value, confidence, rule.offset[group], rule.scale[group],
+                                                         rule.confidence_weight)
+                               : 0.0f;
             }
         }
         std::vector<int64_t> bucket(rows);
         kernels().sign_hash({queries.queries, features.columns, rows, features.columns, planes, n_planes,
                              queries.finite, bucket.data()});
-        mix_block(answers, of_block, bucket.data(), mixing, begin);
+        mix_block(answers, true, of_block, bucket.data(), mixing, begin);
     });
 }
 

@@ -1,7 +1,7 @@
-// Reading a block of rows as float32, normalising it for cosine, hashing it, and the confidence of logits.
+// Reading a block of rows as float32, normalising it for cosine, and hashing it.
 #pragma once
 
-#include "core/transcendental.h"
+#include "cpu/mixing.inl.h"
 #include "cpu/vec.h"
 
 namespace honeytrace::HONEYTRACE_LEVEL {
@@ -10,12 +10,6 @@ HT_INLINE float load_one(const void* row, DType dtype, size_t column) {
     if (dtype == DType::kFloat32) return static_cast<const float*>(row)[column];
     const uint16_t half = static_cast<const uint16_t*>(row)[column];
     return dtype == DType::kFloat16 ? float_from_float16(half) : float_from_bfloat16(half);
-}
-
-HT_INLINE Lanes load_many(const void* row, DType dtype, size_t column) {
-    if (dtype == DType::kFloat32) return load(static_cast<const float*>(row) + column);
-    const uint16_t* halves = static_cast<const uint16_t*>(row) + column;
-    return dtype == DType::kFloat16 ? load_float16(halves) : load_bfloat16(halves);
 }
 
 inline void load_rows_kernel(const LoadTask& task) {
@@ -111,21 +105,6 @@ inline void sign_hash_kernel(const HashTask& task) {
     for (; query < task.batch; ++query) sign_planes<1>(task, query);
     for (size_t i = 0; i < task.batch; ++i)
         if (!task.finite[i]) task.bucket[i] = 0;
-}
-
-// max softmax = 1 / sum exp(z - max z)
-inline void confidence_kernel(const ConfidenceTask& task) {
-    const size_t whole = task.classes - task.classes % kLanes;
-    for (size_t i = 0; i < task.batch; ++i) {
-        const float* row = task.logits + i * task.logits_stride;
-        const Lanes tail = load_part(row + whole, task.classes - whole, -__builtin_inff());
-        Lanes largest = tail;
-        for (size_t c = 0; c < whole; c += kLanes) largest = maximum(largest, load(row + c));
-        const Lanes top = fill(max_lanes(largest));
-        Lanes sum = exp_negative(sub(tail, top));
-        for (size_t c = 0; c < whole; c += kLanes) sum = add(sum, exp_negative(sub(load(row + c), top)));
-        task.confidence[i] = 1.0f / sum_lanes(sum);
-    }
 }
 
 }  // namespace honeytrace::HONEYTRACE_LEVEL

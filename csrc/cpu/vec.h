@@ -131,11 +131,36 @@ HT_INLINE float max_lanes(Lanes a) {
     return largest;
 }
 
-// The first n < 16 floats at p; the other lanes hold `rest`.
+HT_INLINE int part_of_register(size_t n, int i) {
+    const int left = static_cast<int>(n) - i * kRegisterFloats;
+    return left < 0 ? 0 : (left < kRegisterFloats ? left : kRegisterFloats);
+}
+// The first n <= 16 floats at p; the other lanes hold `rest`, and nothing beyond the n is touched.
 HT_INLINE Lanes load_part(const float* p, size_t n, float rest) {
-    float lane[kLanes];
-    for (size_t j = 0; j < kLanes; ++j) lane[j] = j < n ? p[j] : rest;
-    return load(lane);
+    Lanes out;
+    HT_EACH_REGISTER {
+        const int part = part_of_register(n, i);
+        out.r[i] = part == kRegisterFloats ? reg_load(p + i * kRegisterFloats)
+                                           : reg_load_part(p + (part > 0 ? i * kRegisterFloats : 0), part, rest);
+    }
+    return out;
+}
+HT_INLINE void store_part(float* p, size_t n, Lanes a) {
+    HT_EACH_REGISTER {
+        const int part = part_of_register(n, i);
+        if (part > 0) reg_store_part(p + i * kRegisterFloats, part, a.r[i]);
+    }
+}
+// To nearest, ties to even; the values are within the type's finite range.
+HT_INLINE void store_float16(uint16_t* p, Lanes a) {
+    HT_EACH_REGISTER reg_store_float16(p + i * kRegisterFloats, a.r[i]);
+}
+HT_INLINE void store_bfloat16(uint16_t* p, Lanes a) {
+    HT_EACH_REGISTER {
+        const RegInt word = reg_as_int(a.r[i]);
+        const RegInt odd = int_and(int_shift_right<16>(word), int_set(1));
+        int_store_high(p + i * kRegisterFloats, int_add(int_add(word, int_set(0x7FFF)), odd));
+    }
 }
 
 #undef HT_BINARY

@@ -64,5 +64,22 @@ HT_INLINE Reg reg_load_bfloat16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+HT_INLINE __m256i first_lanes(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+HT_INLINE Reg reg_load_part(const float* p, int n, float rest) {
+    const __m256i mask = first_lanes(n);
+    return _mm256_blendv_ps(reg_set(rest), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));
+}
+HT_INLINE void reg_store_part(float* p, int n, Reg a) { _mm256_maskstore_ps(p, first_lanes(n), a); }
+HT_INLINE void reg_store_float16(uint16_t* p, Reg a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// The upper halves of 32-bit words.
+HT_INLINE void int_store_high(uint16_t* p, RegInt a) {
+    const __m256i high = _mm256_srli_epi32(a, 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
 
 }  // namespace honeytrace::HONEYTRACE_LEVEL

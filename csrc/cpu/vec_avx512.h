@@ -77,5 +77,18 @@ HT_INLINE Reg reg_load_bfloat16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+HT_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+HT_INLINE Reg reg_load_part(const float* p, int n, float rest) {
+    return _mm512_mask_loadu_ps(reg_set(rest), first_lanes(n), p);
+}
+HT_INLINE void reg_store_part(float* p, int n, Reg a) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
+HT_INLINE void reg_store_float16(uint16_t* p, Reg a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// The upper halves of 32-bit words.
+HT_INLINE void int_store_high(uint16_t* p, RegInt a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)));
+}
 
 }  // namespace honeytrace::HONEYTRACE_LEVEL

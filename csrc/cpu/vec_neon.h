@@ -61,5 +61,18 @@ HT_INLINE RegInt int_from(Reg a) { return vcvtnq_s32_f32(a); }
 HT_INLINE Reg reg_from(RegInt a) { return vcvtq_f32_s32(a); }
 HT_INLINE Reg reg_load_float16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 HT_INLINE Reg reg_load_bfloat16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+HT_INLINE Reg reg_load_part(const float* p, int n, float rest) {
+    float lane[kRegisterFloats];
+    for (int j = 0; j < kRegisterFloats; ++j) lane[j] = j < n ? p[j] : rest;
+    return reg_load(lane);
+}
+HT_INLINE void reg_store_part(float* p, int n, Reg a) {
+    float lane[kRegisterFloats];
+    reg_store(lane, a);
+    for (int j = 0; j < n; ++j) p[j] = lane[j];
+}
+HT_INLINE void reg_store_float16(uint16_t* p, Reg a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+// The upper halves of 32-bit words.
+HT_INLINE void int_store_high(uint16_t* p, RegInt a) { vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_s32(a), 16)); }
 
 }  // namespace honeytrace::HONEYTRACE_LEVEL

@@ -66,5 +66,22 @@ HT_INLINE Reg reg_load_bfloat16(const uint16_t* p) {
     return Reg{float_from_bfloat16(p[0]), float_from_bfloat16(p[1]), float_from_bfloat16(p[2]),
                float_from_bfloat16(p[3])};
 }
+HT_INLINE Reg reg_load_part(const float* p, int n, float rest) {
+    float lane[kRegisterFloats];
+    for (int j = 0; j < kRegisterFloats; ++j) lane[j] = j < n ? p[j] : rest;
+    return reg_load(lane);
+}
+HT_INLINE void reg_store_part(float* p, int n, Reg a) {
+    float lane[kRegisterFloats];
+    reg_store(lane, a);
+    for (int j = 0; j < n; ++j) p[j] = lane[j];
+}
+HT_INLINE void reg_store_float16(uint16_t* p, Reg a) {
+    for (int j = 0; j < kRegisterFloats; ++j) p[j] = float16_from_float(a[j]);
+}
+// The upper halves of 32-bit words.
+HT_INLINE void int_store_high(uint16_t* p, RegInt a) {
+    for (int j = 0; j < kRegisterFloats; ++j) p[j] = static_cast<uint16_t>(static_cast<uint32_t>(a[j]) >> 16);
+}
 
 }  // namespace honeytrace::HONEYTRACE_LEVEL

@@ -1,0 +1,193 @@
+// What the kernels of feature_distance share: the problem as they see it, and bounds that let them stop early.
+//
+// Order of a pair's sum, the same in every kernel: slices of 64 features, each from its first feature to its last,
+// and the slices from first to last. So which kernel, tile or part computes a pair never shows in its bits.
+#pragma once
+
+#include "cuda/select.h"
+// After select.h, which names the level.
+#include "core/mixing.h"
+
+namespace honeytrace::device {
+
+constexpr int kPanel = 16;  // rows of a panel: element d of row m lies at ((m / 16) * D + d) * 16 + m % 16
+constexpr int kSlice = 64;
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarpLanes;
+
+// Outside this range 1 / norm or norm^2 is not to be trusted in float32.
+constexpr float kSmallestNorm = 0x1p-60f;
+constexpr float kLargestNorm = 0x1p60f;
+
+// State of a prepared query.
+constexpr uint8_t kFinite = 1, kNonzero = 2;
+
+// Similarity of the fused operation. `offset` is null where plain distances are wanted.
+struct FarRule {
+    const float* offset;      // [groups]
+    const float* scale;       // [groups]
+    const float* confidence;  // [batch], -1 for logits that are not finite; null where the weight is 0
+    float confidence_weight;
+};
+
+struct DistanceProblem {
+    const float* queries;  // [ceil(batch / 16)][features][16], unit vectors for cosine
+    const uint8_t* state;  // [ceil(batch / 16) * 16]
+    const float* packed;   // [groups][ceil(rows / 16)][features][16]
+    const float* norms;    // [groups][ceil(rows / 16) * 16]
+    uint64_t* keys;        // [batch][groups][parts][kept], ascending; kNoKey where a part had fewer
+    uint64_t* above;       // [batch][groups]: the last key of the passes before
+    uint8_t* skipped;      // [batch][groups][parts]: rows beyond the query's limit were left out
+    uint8_t* exhaustive;   // [batch][groups]: merging had to go through the group again
+    float* distance;       // [batch][groups]
+    int32_t* index;        // [batch][groups][k], or null
+    int batch, features, groups, rows;
+    int k;          // neighbours wanted
+    int done, kept;  // of them found by the passes before, and wanted of this one
+    int parts, part_panels;  // a part of the bank is this many panels
+    FarRule far;
+
+    HONEYTRACE_HD int panels() const { return (rows + kPanel - 1) / kPanel; }
+    HONEYTRACE_HD const float* query_panel(int panel) const {
+        return queries + static_cast<int64_t>(panel) * features * kPanel;
+    }
+    HONEYTRACE_HD const float* bank_panel(int group, int panel) const {
+        return packed + (static_cast<int64_t>(group) * panels() + panel) * features * kPanel;
+    }
+    HONEYTRACE_HD const float* group_norms(int group) const {
+        return norms + static_cast<int64_t>(group) * panels() * kPanel;
+    }
+    HONEYTRACE_HD int64_t flat(int query, int group) const { return static_cast<int64_t>(query) * groups + group; }
+    HONEYTRACE_HD uint64_t* keys_of(int query, int group, int part) const {
+        return keys + (flat(query, group) * parts + part) * kept;
+    }
+};
+
+// Is the similarity of this distance 0? Never in plain feature_distance. Every step of similarity_of rounds
+// monotonically, so what is true of a distance is true of all larger ones.
+HONEYTRACE_HD bool is_far(const FarRule& far, int query, int group, float distance) {
+    if (far.offset == nullptr) return false;
+    const float confidence = far.confidence == nullptr ? 0.0f : far.confidence[query];
+    if (confidence < 0.0f) return true;
+    return similarity_of(distance, confidence, far.offset[group], far.scale[group], far.confidence_weight) == 0.0f;
+}
+
+// Distances from here on are far, with some room: a mean of k <= 32 such rounds by less. Infinity where none is.
+HONEYTRACE_HD float limit_of(const FarRule& far, int query, int group) {
+    if (far.offset == nullptr) return __builtin_inff();
+    const float confidence = far.confidence == nullptr ? 0.0f : far.confidence[query];
+    if (confidence < 0.0f) return 0.0f;
+    const float offset = far.offset[group], spared = far.confidence_weight * confidence;
+    const float limit = (offset - spared) + (fabsf(offset) + fabsf(spared)) * 0x1p-17f;
+    return limit > 0.0f ? limit : 0.0f;
+}
+
+// How a metric's sum over features relates to its distance: a sum from `sum_bound(distance)` on belongs to a larger
+// distance. NaN, below which nothing lies, where float32 could not say so.
+constexpr float kBoundMargin = 1.0f + 0x1p-13f;  // powers are right to 2^-16
+
+HONEYTRACE_HD float bounded(float sum) {
+    return (sum > 0x1p-80f && sum < 0x1p100f) ? sum * kBoundMargin : __builtin_nanf("");
+}
+HONEYTRACE_HD float raw_sum_bound(const L1&, float distance, float features) { return distance * features; }
+HONEYTRACE_HD float raw_sum_bound(const L2&, float distance, float features) { return distance * distance * features; }
+HONEYTRACE_HD float raw_sum_bound(const Cosine&, float distance, float) { return 2.0f * distance; }
+
+// lp with its exponent: the sum bound needs the power that the root undoes.
+template <class M>
+struct WithExponent : M {
+    float p;
+};
+template <class M>
+HONEYTRACE_HD float raw_sum_bound(const WithExponent<M>& metric, float distance, float features) {
+    return power(Scalar(distance), metric.p, 0.0f).value * features;
+}
+
+template <class M>
+HONEYTRACE_HD float sum_bound(const M& metric, float distance, int features) {
+    // Every distance is at least 0, and of rows at equal distance the earlier one stays.
+    if (distance == 0.0f) return 0.0f;
+    return bounded(raw_sum_bound(metric, distance, static_cast<float>(features)));
+}
+
+// 1 / norm of a bank row; 0 for a row of norm 0, whose distance is 1; NaN where the row must be looked at again.
+HONEYTRACE_HD float inverse_norm(float norm) {
+    if (norm == 0.0f) return 0.0f;
+    return norm > kSmallestNorm && norm < kLargestNorm ? 1.0f / norm : __builtin_nanf("");
+}
+
+// Distances that a plain sum cannot give. A sum that is beyond float32, or so small that terms may have been lost,
+// is taken again on differences divided by the largest of them (core/metrics.h says which).
+template <class M>
+HT_DEVICE float again(const M& metric, const float* query, const float* row, int features) {
+    float largest = 0.0f;
+    for (int d = 0; d < features; ++d) largest = fmaxf(largest, fabsf(row[d * kPanel] - query[d * kPanel]));
+    if (!(largest > 0.0f)) return 0.0f;
+    if (largest == __builtin_inff()) return largest;
+    Scalar sum(0.0f);
+    for (int d = 0; d < features; ++d) {
+        const float difference = fabsf(row[d * kPanel] - query[d * kPanel]);
+        sum = metric.accumulate(Scalar(difference / largest), Scalar(0.0f), sum);
+    }
+    return largest * metric.finish(sum, static_cast<float>(features)).value;
+}
+
+// A unit query and a row whose norm cannot be inverted: the row is divided by its largest value first.
+HT_DEVICE float again(const Cosine&, const float* query, const float* row, int features) {
+    float largest = 0.0f;
+    for (int d = 0; d < features; ++d) largest = fmaxf(largest, fabsf(row[d * kPanel]));
+    if (!(largest > 0.0f)) return 1.0f;
+    float square = 0.0f;
+    for (int d = 0; d < features; ++d) {
+        const float value = row[d * kPanel] / largest;
+        square = fmaf(value, value, square);
+    }
+    const float norm = sqrtf(square);
+    float sum = 0.0f;
+    for (int d = 0; d < features; ++d) {
+        const float difference = row[d * kPanel] / largest / norm - query[d * kPanel];
+        sum = fmaf(difference, difference, sum);
+    }
+    return 0.5f * sum;
+}
+
+constexpr float kAgain = -1.0f;  // in place of a distance: it must be taken `again`
+
+// From a pair's sum to its distance; `inverse` is that of inverse_norm and counts for cosine only.
+template <class M>
+HT_DEVICE float distance_of_sum(const M& metric, float sum, float inverse, bool nonzero_query, int features) {
+    if constexpr (M::kCosine) {
+        if (!nonzero_query || inverse == 0.0f) return 1.0f;
+        return sum == sum ? metric.finish(Scalar(sum), static_cast<float>(features)).value : kAgain;
+    } else {
+        if (!(sum >= M::kSmallestSum && sum < __builtin_inff())) return kAgain;
+        return metric.finish(Scalar(sum), static_cast<float>(features)).value;
+    }
+}
+
+// What the running sums of a query must reach before the rest of them can be left out, and why.
+struct Exit {
+    float sum;      // NaN: never
+    bool by_limit;  // the rows left out are beyond the query's limit; otherwise they are beyond its k nearest
+};
+
+// best and worst: the first and the last of the query's kept keys so far.
+template <class M>
+HT_DEVICE Exit exit_of(const M& metric, const DistanceProblem& problem, int query, int group, uint64_t best,
+                       uint64_t worst) {
+    // Rows come in ascending order: one at the bound would lose the tie.
+    float sum = worst == kNoKey ? __builtin_nanf("") : sum_bound(metric, distance_of(worst), problem.features);
+    bool by_limit = false;
+    const float limit = limit_of(problem.far, query, group);
+    // A query with a near row wants its k nearest exactly.
+    if (limit < __builtin_inff() && (best == kNoKey || !(distance_of(best) < limit))) {
+        const float limit_sum = sum_bound(metric, limit, problem.features);
+        if (limit_sum == limit_sum && !(sum <= limit_sum)) {
+            sum = limit_sum;
+            by_limit = true;
+        }
+    }
+    return {sum, by_limit};
+}
+
+}  // namespace honeytrace::device
