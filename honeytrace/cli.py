@@ -171,6 +171,25 @@ def protect(
 
 
 @main.command()
+@click.option("--model", required=True, help="The bare model: package.module:factory or file.py:factory.")
+@click.option("--weights", type=FILE, help="Its weights, safetensors.")
+@click.option("--watermark", "watermark_file", type=FILE, required=True, help="File written by protect.")
+@click.option("--data", "data_file", type=FILE, required=True, help=".npz with inputs and labels.")
+@json_option
+def measure(model: str, weights: Path | None, watermark_file: Path, data_file: Path, as_json: bool) -> None:
+    """Measure what a watermark costs a model on labelled data: accuracy before and after, answers touched."""
+    with refusing():
+        from honeytrace import userfiles
+
+        watermark = honeytrace.Watermark.load(watermark_file)
+        with stages() as stage, stage("asking the model") as progress:
+            cost = watermark.measure(
+                userfiles.make_module(model, weights), userfiles.load_labelled(data_file), progress=progress
+            )
+        show(as_json, cost.to_dict(), lambda: click.echo(str(cost)))
+
+
+@main.command()
 @click.option(
     "--model", required=True, help="The model that is asked: package.module:factory or file.py:factory."
 )

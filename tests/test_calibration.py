@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from worlds import KEY, blobs, mark, marked, mlp
 
-from honeytrace.training import accuracy, seeded
+from honeytrace.ownership import verify
+from honeytrace.training import accuracy, fit, predict, seeded
 from honeytrace.watermark import SecretKey, Summary, Watermark, calibrate, calibration
 from honeytrace.watermark.proposals import with_shifts
 
@@ -51,6 +52,26 @@ def test_no_more_accuracy_is_lost_than_was_allowed(key, budget):
     assert summary.expected_drop <= budget
     if budget in (0.0, 0.02):  # half a point of 1,200 samples is too little for three regions
         assert (summary.flipped > 0) == (budget > 0)
+
+
+def test_the_price_is_measured_again_on_other_data_and_after_binding():
+    world = blobs()
+    bound = marked().bind(KEY, "the lottery's numbers")
+    for watermark in (marked(), bound):
+        cost = watermark.measure(world.model, world.test)
+        served = watermark.protect(world.model)
+        answers = predict(world.model, world.test[0]), predict(served, world.test[0])
+        assert cost.measured_on == len(world.test[0])
+        assert cost.accuracy == pytest.approx(accuracy(world.model, *world.test))
+        assert cost.accuracy_marked == pytest.approx(accuracy(served, *world.test))
+        changed = (answers[0] != answers[1]).any(dim=1).float().mean().item()
+        assert 0 < cost.bent == pytest.approx(changed, abs=0.01)
+        assert 0 < cost.flipped < 0.1
+        assert f"{cost.accuracy_marked:.2%}" in str(cost)
+    with pytest.raises(ValueError, match="must be the bare model, got a protected one"):
+        bound.measure(marked().protect(world.model), world.test)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+        bound.measure("model", world.test)
 
 
 def test_labels_that_flatter_the_price_do_not_loosen_the_budget():
@@ -489,6 +510,26 @@ def test_few_classes(classes):
     x, y = blobs().train
     with pytest.raises(ValueError, match=rf"at least 5 classes.*got {classes}"):
         calibrate_with(model=mlp(classes), data=(x, y % classes))
+
+
+def test_of_many_classes_a_target_is_drawn_from_sixteen():
+    x, y = blobs().train
+    many = y + 10 * (x[:, 0] > 0).long() + 20 * (x[:, 1] > 0).long()
+    model = seeded(lambda: mlp(40), 1)
+    fit(model, x, many, epochs=3, batch_size=64, learning_rate=2e-2, seed=1)
+    settings = {"model": model, "data": (x, many), "graded_groups": 3, "flip_groups": 1}
+    watermark = calibrate_with(**settings)
+    drawn = [group.candidates for group in watermark.groups]
+    assert {len(candidates) for candidates in drawn} == {16}
+    assert len(set(drawn)) == len(drawn)
+    for group in watermark.groups:
+        assert not set(group.candidates) & set(group.sources)
+        assert group.ends is not None
+        assert group.ends.shape[:2] == (2, 16)
+    assert same(watermark, calibrate_with(**settings))
+    labels = verify(watermark.protect(model), watermark, KEY, answers="labels", stop_at_claim=False)
+    assert labels.answers == "labels"
+    assert all(record.candidates == 16 for record in labels.groups)
 
 
 def test_five_classes_are_enough():

@@ -69,7 +69,7 @@ def road(tmp_path_factory) -> tuple[Path, list[tuple[str, Result]]]:
 def test_the_page_has_the_whole_road():
     names = [shlex.split(command)[1] for command in COMMANDS if command.startswith("honeytrace")]
     assert names[:4] == ["key", "protect", "commit", "commit"]
-    assert {"extract", "verify", "check-evidence"} <= set(names)
+    assert {"measure", "extract", "verify", "check-evidence"} <= set(names)
 
 
 def test_every_command_of_the_page_does_what_the_page_says(road):

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from honeytrace.ops import Bank
 from honeytrace.ops.rule import WatermarkRule, check_integer, check_number
 from honeytrace.training import Progress, evaluating, predict
-from honeytrace.watermark.groups import TriggerGroup, draw_target
+from honeytrace.watermark.cost import Cost, cost_on
+from honeytrace.watermark.groups import TriggerGroup, candidates_of, draw_target
 from honeytrace.watermark.head import features_and_logits, find_head, get_head
 from honeytrace.watermark.key import KeyStream, SecretKey
-from honeytrace.watermark.probes import MOST_CLASSES, roads
+from honeytrace.watermark.probes import roads
 from honeytrace.watermark.proposals import (
     MIXING_POWER,
     NEIGHBOURS,
@@ -379,10 +380,8 @@ def _group(
 ) -> TriggerGroup:
     triggers = proposal.triggers.float()
     logits = predict(reference, triggers, batch_size=batch_size)
-    candidates = tuple(c for c in range(logits.shape[1]) if c not in proposal.sources)
-    ends, turns = None, None
-    if logits.shape[1] <= MOST_CLASSES:
-        ends, turns = roads(model, reference, triggers[0], candidates, pool, known, chooser, batch_size)
+    candidates = candidates_of(proposal.sources, logits.shape[1], chooser)
+    ends, turns = roads(model, reference, triggers[0], candidates, pool, known, chooser, batch_size)
     return TriggerGroup(
         family=proposal.family,
         mark=proposal.mark,
@@ -396,39 +395,8 @@ def _group(
     )
 
 
-@dataclass(frozen=True)
-class _Cost:
-    before: float
-    after: float
-    expected: float
-    bent: float
-    flipped: float
-
-    @property
-    def drop(self) -> float:
-        """The worse of what was measured on labels and what the model's own probabilities expect."""
-        return max(self.before - self.after, self.expected)
-
-
-def _cost(parts: _Parts, checked: Samples, watermark: Watermark) -> _Cost:
-    """What the watermark does to likely queries, and to the accuracy on the samples it is measured on."""
-    likely = parts.likely
-    others = watermark.mark(likely.features, likely.logits)
-    marked = others if checked is likely else watermark.mark(checked.features, checked.logits)
-    right = float((checked.predicted == checked.labels).double().mean())
-    kept = float((marked.logits.argmax(dim=1) == checked.labels).double().mean())
-    chances = likely.probabilities
-    loss = chances.gather(1, likely.predicted[:, None]) - chances.gather(
-        1, others.logits.argmax(dim=1)[:, None]
-    )
-    bent = others.similarity.amax(dim=1) > 0
-    return _Cost(
-        right,
-        kept,
-        float(loss.double().mean()),
-        float(bent.double().mean()),
-        float(others.flipped.double().mean()),
-    )
+def _cost(parts: _Parts, checked: Samples, watermark: Watermark) -> Cost:
+    return cost_on(watermark, checked, parts.likely)
 
 
 def _fit_strength(parts: _Parts, checked: Samples, strength: float, free: float) -> float:
@@ -457,10 +425,10 @@ def _summarise(
     whole = _cost(parts, checked, watermark)
     return Summary(
         budget=budget,
-        accuracy=whole.before,
-        accuracy_graded=graded.after,
-        accuracy_marked=whole.after,
-        expected_drop=whole.expected,
+        accuracy=whole.accuracy,
+        accuracy_graded=graded.accuracy_marked,
+        accuracy_marked=whole.accuracy_marked,
+        expected_drop=whole.expected_drop,
         strength=strength,
         bent=whole.bent,
         flipped=whole.flipped,

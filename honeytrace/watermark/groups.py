@@ -10,10 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from honeytrace.watermark.key import SecretKey
+from honeytrace.watermark.key import KeyStream, SecretKey
 
 Family = Literal["composite", "cluster"]
 Mark = Literal["graded", "flip"]
+
+MOST_CANDIDATES = 16
+"""A target is drawn from at most so many classes. Four groups of 16 reach beyond 1e-3 already, and a suspect
+that gives labels only has to be asked about every candidate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +28,8 @@ class TriggerGroup:
         family: "composite" (two samples put together by a mask) or "cluster" (a compact group of natural
             samples).
         mark: "graded" (a share of the target's answer is mixed in) or "flip" (the answer is the target's).
-        sources: the two classes the group lies between; never among the candidates of a graded group.
-        candidates: the classes the target was drawn from, ascending.
+        sources: the two classes the group lies between; never among the candidates.
+        candidates: the classes the target was drawn from, ascending; see `candidates_of`.
         target: the class answers are bent to. Drawn from the key, independent of everything else in the
             group.
         triggers: float32 [n, ...], what a suspect will be asked.
@@ -43,6 +47,17 @@ class TriggerGroup:
     reference_log_probs: Tensor = field(repr=False)
     ends: Tensor | None = field(default=None, repr=False)
     turns: Tensor | None = field(default=None, repr=False)
+
+
+def candidates_of(sources: tuple[int, int], num_classes: int, stream: KeyStream) -> tuple[int, ...]:
+    """The classes a group's target is drawn from, ascending: all but its sources.
+
+    Where those are more than MOST_CANDIDATES, so many of them, drawn from the key's stream for inputs.
+    """
+    others = [c for c in range(num_classes) if c not in sources]
+    if len(others) <= MOST_CANDIDATES:
+        return tuple(others)
+    return tuple(sorted(others[i] for i in stream.permutation(len(others))[:MOST_CANDIDATES]))
 
 
 def draw_target(

@@ -21,10 +21,6 @@ from honeytrace.training import predict
 from honeytrace.watermark.key import KeyStream
 from honeytrace.watermark.samples import Samples
 
-MOST_CLASSES = 20
-"""Tasks with more classes get no roads: every group would cost more label queries than it can give evidence
-for."""
-
 _SURE = 0.9
 """A natural end is a sample that the reference gives its class with this probability, where there is one."""
 

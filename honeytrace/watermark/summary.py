@@ -122,7 +122,7 @@ class Summary:
             chance = plan(
                 len(groups),
                 [group.candidates for group in groups],
-                [max(0.0, min(0.95, group.lift)) for group in groups],
+                [_first(group) for group in groups],
                 alpha / parts,
             )
             if chance < 0.25:  # the lift understates how often the target comes first
@@ -173,3 +173,9 @@ class Summary:
                     )
                 )
         return facts
+
+
+def _first(group: GroupSummary) -> float:
+    """Chance that a copy puts the target first: by the mark, or where that is not learned, by luck."""
+    lift = max(0.0, min(0.95, group.lift))
+    return lift + (1 - lift) / group.candidates

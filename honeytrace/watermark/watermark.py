@@ -18,8 +18,10 @@ from honeytrace.ops import Bank, WatermarkOutput
 from honeytrace.ops import watermark as watermark_op
 from honeytrace.ops.rule import WatermarkRule
 from honeytrace.ownership.ladder import LADDERS, STEPS
+from honeytrace.training import Progress
 from honeytrace.watermark import artifact
 from honeytrace.watermark.artifact import ArtifactError
+from honeytrace.watermark.cost import Cost, measure
 from honeytrace.watermark.groups import Family, Mark, TriggerGroup, draw_target
 from honeytrace.watermark.key import SecretKey
 from honeytrace.watermark.protected import AnswerHook, Answers, protect
@@ -124,6 +126,25 @@ class Watermark:
             seed=self._seed,
         )
 
+    def measure(
+        self, model: nn.Module, data: Any, *, batch_size: int = 512, progress: Progress | None = None
+    ) -> Cost:
+        """What this watermark costs: accuracy of `model` bare and protected, and the answers it touches.
+
+        The summary tells what calibration measured. This measures again: on other data, for weights that
+        were trained on, or after `bind` drew other targets.
+
+        Args:
+            model: the bare model.
+            data: labelled samples, as `calibrate` takes them; best ones the model was not trained on.
+            batch_size: inputs put to the model at once.
+            progress: told of every batch.
+
+        Raises:
+            TypeError, ValueError: as `calibrate`; also when the model has no head of this name and size.
+        """
+        return measure(self, model, data, batch_size=batch_size, progress=progress)
+
     def without_flips(self) -> Watermark:
         """The graded mark alone: no answer's label is overwritten, the flip groups are gone."""
         kept = [g for g, group in enumerate(self.groups) if group.mark == "graded"]
@@ -170,7 +191,7 @@ class Watermark:
         later,
         bind, and serve only the bound watermark: then the targets could be chosen by nobody. Groups, triggers
         and offsets stay as they are. What the marks cost may differ a little from the summary, which was
-        measured with the targets of before.
+        measured with the targets of before: `measure` says.
 
         Raises:
             TypeError: key is no `SecretKey`, or beacon no text.
