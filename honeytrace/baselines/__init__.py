@@ -1,0 +1,34 @@
+"""Other watermarks and defences, to be compared with: one call for all of them, and their table."""
+
+from honeytrace.baselines.composite import composite
+from honeytrace.baselines.dawn import Dawn, dawn
+from honeytrace.baselines.interface import BaselineGroup, Defence, Defended
+from honeytrace.baselines.neurht import neurht_published
+from honeytrace.baselines.perturbation import Perturbed, none, reverse_sigmoid, rounding, top_k
+
+DEFENCES: dict[str, Defence] = {
+    "none": none,
+    "neurht-published": neurht_published,
+    "dawn": dawn,
+    "composite": composite,
+    "rounding": rounding,
+    "top-k": top_k,
+    "reverse-sigmoid": reverse_sigmoid,
+}
+"""Every defence by its name in tables."""
+
+__all__ = [
+    "DEFENCES",
+    "BaselineGroup",
+    "Dawn",
+    "Defence",
+    "Defended",
+    "Perturbed",
+    "composite",
+    "dawn",
+    "neurht_published",
+    "none",
+    "reverse_sigmoid",
+    "rounding",
+    "top_k",
+]

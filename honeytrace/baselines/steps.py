@@ -1,0 +1,91 @@
+"""The loop for losses that `honeytrace.training.fit` does not know: several losses, drawn batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from honeytrace.training import Precision, Progress, seeded
+
+
+class Batches(Iterator[Tensor]):
+    """Endless batches of indices: every `count // size` of them go through all samples once.
+
+    Args:
+        count: samples N.
+        size: indices in a batch, at most N are given.
+        generator: the order of each pass.
+    """
+
+    def __init__(self, count: int, size: int, generator: torch.Generator) -> None:
+        self._count, self._size, self._generator = count, min(size, count), generator
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def __next__(self) -> Tensor:
+        if len(self._order) < self._size:
+            self._order = torch.cat([self._order, torch.randperm(self._count, generator=self._generator)])
+        batch, self._order = self._order[: self._size], self._order[self._size :]
+        return batch
+
+
+def train_steps(
+    model: nn.Module,
+    backward: Callable[[], Tensor],
+    *,
+    steps: int,
+    seed: int,
+    precision: Precision = "float32",
+    learning_rate: float = 3e-3,
+    weight_decay: float = 0.01,
+    progress: Progress | None = None,
+    text: str = "",
+) -> None:
+    """Train `model` in place with AdamW and the one-cycle policy of `honeytrace.training.fit`.
+
+    Args:
+        model: left in evaluation mode.
+        backward: puts gradients into the model's weights and gives the loss, detached. Runs in training mode,
+            under autocast where `precision` says so.
+        steps: how many times.
+        seed: what a dropout layer draws from; the global random state stays as it was.
+        learning_rate: the highest one of the cycle.
+        progress, text: told of every step, with the text and the loss.
+
+    Raises:
+        FloatingPointError: the loss became infinite or NaN.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    rises = max(1, steps // 4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            (step + 1) / rises
+            if step < rises
+            else 0.5 * (1 + math.cos(math.pi * (step - rises) / max(1, steps - rises)))
+        ),
+    )
+
+    def run() -> nn.Module:
+        for step in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = backward().item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss became {loss} in step {step + 1} of {steps} ({text})")
+            optimizer.step()
+            schedule.step()
+            if progress is not None:
+                progress(step + 1, steps, f"{text}, loss {loss:.3f}")
+        return model
+
+    # Faster on a CPU, and put back at the end, for safetensors among others want contiguous weights.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train()
+    seeded(run, seed)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.zero_grad(set_to_none=True)
+    model.eval()
