@@ -9,6 +9,7 @@ learned. The shared arguments are explained at `random_queries`; `ATTACKS` names
 from honeytrace.extraction.adaptive import random_adaptive
 from honeytrace.extraction.attacks import ATTACKS, Attack
 from honeytrace.extraction.averaging import repeat, smoothing
+from honeytrace.extraction.bent_hunting import Hunt, bent_hunting, hunt, repaired
 from honeytrace.extraction.interface import (
     Api,
     Extraction,
@@ -35,15 +36,18 @@ __all__ = [
     "Api",
     "Attack",
     "Extraction",
+    "Hunt",
     "Labels",
     "Needs",
     "Recipe",
     "agreement",
     "api",
     "ask",
+    "bent_hunting",
     "bootstrap",
     "co_teaching",
     "fidelity",
+    "hunt",
     "jbda",
     "jbda_tr",
     "low_confidence",
@@ -51,6 +55,7 @@ __all__ = [
     "predicted_labels",
     "random_adaptive",
     "random_queries",
+    "repaired",
     "repeat",
     "s4l",
     "second_hand",

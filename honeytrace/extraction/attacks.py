@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from honeytrace.extraction.adaptive import random_adaptive
 from honeytrace.extraction.averaging import repeat, smoothing
+from honeytrace.extraction.bent_hunting import bent_hunting
 from honeytrace.extraction.interface import Api, Extraction, Labels, Needs
 from honeytrace.extraction.jacobian import jbda, jbda_tr
 from honeytrace.extraction.low_confidence import low_confidence
@@ -82,6 +84,8 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
             Attack("co-teaching", co_teaching),
             Attack("transfer", transfer, wants=("pretraining",)),
             Attack("second-hand", second_hand),
+            Attack("bent-hunting-drop", partial(bent_hunting, mode="drop")),
+            Attack("bent-hunting-repair", partial(bent_hunting, mode="repair")),
         )
     }
 )
