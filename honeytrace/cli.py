@@ -76,10 +76,9 @@ def demo(
         if cache is None and data == "fashion":
             cache = cache_module.default_directory()
         key = None if key_file is None else _load_key(key_file)
-        name: road.DataName = "fashion" if data == "fashion" else "digits"
         with stages() as stage:
             result = road.run(
-                name,
+                one_of(data, "digits", "fashion"),
                 directory=directory,
                 alpha=alpha,
                 seed=seed,

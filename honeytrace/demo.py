@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,14 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from honeytrace import data, extraction, models, training
+from honeytrace import data, extraction, training
 from honeytrace.cache import ModelCache, digest, model_digest
 from honeytrace.ownership import Verdict, verify
 from honeytrace.progress import Stage, silent
 from honeytrace.watermark import SecretKey, Summary, Watermark
-
-DataName = Literal["digits", "fashion"]
-DATA_NAMES: tuple[DataName, ...] = ("digits", "fashion")
+from honeytrace.world import SETTINGS, DataName, World
 
 TRIGGERS = 16
 """Asked in each group by scores: all there are. Four suffice for most keys (`verify`'s default), but a group
@@ -39,49 +37,6 @@ LATENCY_BATCHES = (1, 32, 256)
 _LATENCY_ROUNDS = 31
 _LATENCY_SECONDS = 0.01
 """One timing repeats the call for about this long: clock and scheduler are coarser than a call."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What differs between the data sets.
-
-    Attributes:
-        side: height and width of an image, in pixels.
-        kept_back: share of the owner's images that the victim is not trained on, to measure accuracy with.
-        max_accuracy_drop: the budget of the calibration, a share of answers.
-        victim_epochs, reference_epochs, copy_epochs, independent_epochs: of each training.
-    """
-
-    side: int
-    kept_back: float
-    max_accuracy_drop: float
-    victim_epochs: int
-    reference_epochs: int
-    copy_epochs: int
-    independent_epochs: int
-
-
-SETTINGS: dict[DataName, Settings] = {
-    # The few originals are all needed for training, so nothing is kept back.
-    "digits": Settings(
-        side=8,
-        kept_back=0.0,
-        max_accuracy_drop=0.006,
-        victim_epochs=5,
-        reference_epochs=4,
-        copy_epochs=8,
-        independent_epochs=6,
-    ),
-    "fashion": Settings(
-        side=28,
-        kept_back=0.1,
-        max_accuracy_drop=0.005,
-        victim_epochs=5,
-        reference_epochs=4,
-        copy_epochs=4,
-        independent_epochs=4,
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,49 +187,27 @@ def run(
     if directory is not None and name != "fashion":
         raise ValueError(f"a directory is read for data fashion only; {name} comes with scikit-learn")
     began = time.perf_counter()
-    with stage("reading the data"):
-        splits = data.digits(seed) if name == "digits" else data.fashion_mnist(directory)
     models_kept = ModelCache(cache)
     with _torch_threads(threads), _run_key(models_kept, key, f"{name}-{seed}") as owned_key:
-        road = _Road(SETTINGS[name], splits, seed, owned_key, alpha, models_kept, stage)
-        result = road.walk(name)
+        world = World(name, seed=seed, key=owned_key, directory=directory, cache=models_kept, stage=stage)
+        result = _Road(world, alpha).walk(name)
     return dataclasses.replace(result, threads=threads, seconds=time.perf_counter() - began)
 
 
 class _Road:
     """The people of the story and what they hold."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        splits: data.Splits,
-        seed: int,
-        key: SecretKey,
-        alpha: float,
-        cache: ModelCache,
-        stage: Stage,
-    ) -> None:
-        self.settings, self.splits, self.seed, self.key = settings, splits, seed, key
-        self.alpha, self.cache, self.stage = alpha, cache, stage
-        kept = int(settings.kept_back * len(splits.train.labels))
-        owned = len(splits.train.labels) - kept
-        self.owned = data.Split(splits.train.inputs[:owned], splits.train.labels[:owned])
-        self.validation = (
-            data.Split(splits.train.inputs[owned:], splits.train.labels[owned:]) if kept else None
+    def __init__(self, world: World, alpha: float) -> None:
+        self.world, self.alpha = world, alpha
+        self.settings, self.splits, self.stage, self.key = (
+            world.settings,
+            world.splits,
+            world.stage,
+            world.key,
         )
-        self.data_digest = digest(*splits.train, *splits.pool, *splits.test)
 
     def walk(self, name: DataName) -> DemoResult:
-        victim = self._victim()
-        reference = self._copy(
-            "reference",
-            "training the owner's unmarked reference",
-            victim,
-            number=5,
-            pool=self.owned.inputs,
-            epochs=self.settings.reference_epochs,
-        )
-        watermark = self._calibrate(victim, reference)
+        victim, reference, watermark = self.world.victim, self.world.reference, self.world.watermark
         graded = watermark.without_flips()
         protected, protected_graded = watermark.protect(victim), graded.protect(victim)
         test = self.splits.test
@@ -290,7 +223,7 @@ class _Road:
         strangers, notes = self._strangers(victim, protected, watermark) if name == "fashion" else ([], ())
         return DemoResult(
             data=name,
-            seed=self.seed,
+            seed=self.world.seed,
             alpha=self.alpha,
             threads=0,
             key_identifier=self.key.identifier,
@@ -304,31 +237,6 @@ class _Road:
             notes=notes,
             seconds=0.0,
         )
-
-    def _victim(self) -> nn.Module:
-        def train() -> nn.Module:
-            model = training.seeded(self._large, seed)
-            with self.stage("training the victim") as report:
-                training.fit(
-                    model, *self.owned, epochs=self.settings.victim_epochs, seed=seed, progress=report
-                )
-            return model
-
-        seed = self._seed(1)
-        return self._kept("victim", self._large, train, seed=seed, epochs=self.settings.victim_epochs)
-
-    def _calibrate(self, victim: nn.Module, reference: nn.Module) -> Watermark:
-        with self.stage("calibrating the watermark") as report:
-            return Watermark.calibrate(
-                victim,
-                self.owned,
-                key=self.key,
-                max_accuracy_drop=self.settings.max_accuracy_drop,
-                validation=self.validation,
-                trigger_data=self.splits.test,
-                reference=reference,
-                progress=report,
-            )
 
     def _suspects(
         self,
@@ -363,15 +271,15 @@ class _Road:
 
     def _independent(self) -> nn.Module:
         def train() -> nn.Module:
-            model = training.seeded(self._small, seed)
+            model = training.seeded(self.world.small, seed)
             with self.stage("training an independent model") as report:
                 epochs = self.settings.independent_epochs
                 training.fit(model, *self.splits.pool, epochs=epochs, seed=seed, progress=report)
             return model
 
-        seed = self._seed(77)
+        seed = self.world.number(77)
         epochs = self.settings.independent_epochs
-        return self._kept("independent", self._small, train, seed=seed, epochs=epochs)
+        return self.world.kept("independent", self.world.small, train, seed=seed, epochs=epochs)
 
     def _strangers(
         self, victim: nn.Module, protected: nn.Module, watermark: Watermark
@@ -404,31 +312,30 @@ class _Road:
         *,
         number: int,
         pool: Tensor | None = None,
-        epochs: int | None = None,
         mark: Watermark | None = None,
         labels: Literal["soft", "top1"] = "soft",
         drop_worst: float = 0.0,
     ) -> nn.Module:
         """A copy of `asked` by random queries; `mark` is the watermark on its answers, for the cache."""
         queries = self.splits.pool.inputs if pool is None else pool
-        passes = self.settings.copy_epochs if epochs is None else epochs
-        seed = self._seed(number)
+        passes = self.settings.copy_epochs
+        seed = self.world.number(number)
 
         def train() -> nn.Module:
             with self.stage(text) as report:
                 return extraction.outliers(
                     extraction.api(asked),
                     queries,
-                    extraction.Recipe(self._small, passes),
+                    extraction.Recipe(self.world.small, passes),
                     seed=seed,
                     labels=labels,
                     share=drop_worst,
                     progress=report,
                 ).surrogate
 
-        return self._kept(
+        return self.world.kept(
             name,
-            self._small,
+            self.world.small,
             train,
             seed=seed,
             epochs=passes,
@@ -464,28 +371,6 @@ class _Road:
             ),
             by_labels=verify(suspect, watermark, self.key, alpha=self.alpha, answers="labels"),
         )
-
-    def _kept(
-        self, name: str, factory: Callable[[], nn.Module], train: Callable[[], nn.Module], **settings: Any
-    ) -> nn.Module:
-        everything = {
-            **settings,
-            "data": self.data_digest,
-            "side": self.settings.side,
-            "torch": torch.__version__,
-        }
-        return self.cache.model(name, factory, everything, train)
-
-    def _seed(self, number: int) -> int:
-        return 1000 * self.seed + number
-
-    def _large(self) -> nn.Module:
-        """The victim's architecture."""
-        return models.small_cnn(len(self.splits.classes), 1, self.settings.side)
-
-    def _small(self) -> nn.Module:
-        """The architecture of everybody else."""
-        return models.tiny_cnn(len(self.splits.classes), 1, self.settings.side)
 
 
 def measure_latency(
