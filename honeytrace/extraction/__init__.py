@@ -10,6 +10,7 @@ from honeytrace.extraction.adaptive import random_adaptive
 from honeytrace.extraction.attacks import ATTACKS, Attack
 from honeytrace.extraction.averaging import repeat, smoothing
 from honeytrace.extraction.bent_hunting import Hunt, bent_hunting, hunt, repaired
+from honeytrace.extraction.guessed_bank import guessed_bank
 from honeytrace.extraction.interface import (
     Api,
     Extraction,
@@ -22,6 +23,7 @@ from honeytrace.extraction.interface import (
     predicted_labels,
 )
 from honeytrace.extraction.jacobian import jbda, jbda_tr
+from honeytrace.extraction.label_recovery import bayes, d_dae, d_dae_plus, honeytrace_defence
 from honeytrace.extraction.low_confidence import low_confidence
 from honeytrace.extraction.noisy_labels import bootstrap, co_teaching
 from honeytrace.extraction.outliers import outliers, worst_dropped
@@ -43,10 +45,15 @@ __all__ = [
     "agreement",
     "api",
     "ask",
+    "bayes",
     "bent_hunting",
     "bootstrap",
     "co_teaching",
+    "d_dae",
+    "d_dae_plus",
     "fidelity",
+    "guessed_bank",
+    "honeytrace_defence",
     "hunt",
     "jbda",
     "jbda_tr",

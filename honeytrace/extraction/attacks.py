@@ -11,8 +11,10 @@ from torch import Tensor
 from honeytrace.extraction.adaptive import random_adaptive
 from honeytrace.extraction.averaging import repeat, smoothing
 from honeytrace.extraction.bent_hunting import bent_hunting
+from honeytrace.extraction.guessed_bank import guessed_bank
 from honeytrace.extraction.interface import Api, Extraction, Labels, Needs
 from honeytrace.extraction.jacobian import jbda, jbda_tr
+from honeytrace.extraction.label_recovery import bayes, d_dae, d_dae_plus
 from honeytrace.extraction.low_confidence import low_confidence
 from honeytrace.extraction.noisy_labels import bootstrap, co_teaching
 from honeytrace.extraction.outliers import outliers
@@ -84,8 +86,12 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
             Attack("co-teaching", co_teaching),
             Attack("transfer", transfer, wants=("pretraining",)),
             Attack("second-hand", second_hand),
+            Attack("d-dae", d_dae, needs="scores"),
+            Attack("d-dae-plus", d_dae_plus, needs="scores"),
+            Attack("bayes", bayes, needs="scores"),
             Attack("bent-hunting-drop", partial(bent_hunting, mode="drop")),
             Attack("bent-hunting-repair", partial(bent_hunting, mode="repair")),
+            Attack("guessed-bank", guessed_bank),
         )
     }
 )

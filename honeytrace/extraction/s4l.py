@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from honeytrace.extraction.features import features_of
 from honeytrace.extraction.interface import Api, Extraction, Labels
 from honeytrace.extraction.objective import fit_objective
 from honeytrace.extraction.recipe import Recipe
@@ -77,15 +78,7 @@ class _TwoHeads(nn.Module):
 
     def turns(self, images: Tensor) -> Tensor:
         """Logits [B, 4]."""
-        seen: list[Tensor] = []
-        hook = get_head(self.copy, self._name).register_forward_pre_hook(
-            lambda module, args: seen.append(args[0])
-        )
-        try:
-            self.copy(images)
-        finally:
-            hook.remove()
-        guesses: Tensor = self.second(seen[-1])
+        guesses: Tensor = self.second(features_of(self.copy, self._name, images))
         return guesses
 
 
