@@ -79,7 +79,8 @@ Mixing mixing_of(Address target_logits, size_t groups, const RuleTuple& rule, ui
 
 int64_t py_packed_size(int64_t groups, int64_t rows, int64_t features) {
     const size_t panels = (at_least(1, "rows", rows) + kLanes - 1) / kLanes;
-    return static_cast<int64_t>(at_least(1, "groups", groups) * panels * at_least(1, "features", features) * kLanes);
+    return static_cast<int64_t>(at_least(1, "groups", groups) * at_least(1, "features", features) *
+                                (panels * kLanes + 1));
 }
 
 void py_pack_bank(Address rows_ptr, int64_t groups, int64_t rows, int64_t features, Address packed, Address norms) {
@@ -176,5 +177,10 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.def("simd_level", [] { return std::string(kernels().name); });
     module.def("set_simd_level", &set_level, py::arg("name"));
     module.def("pool_workers", &pool_workers);
+    module.def("_set_exhaustive", &set_exhaustive, py::arg("on"));
+    module.def("_bounded_counts", [] {
+        const BoundedCounts counts = bounded_counts();
+        return std::make_tuple(counts.without_looking, counts.by_bounds, counts.finished);
+    });
     module.def("build_info", &py_build_info);
 }

@@ -23,10 +23,14 @@ class BuildInfo(TypedDict):
     sanitizers: str
 
 def packed_size(groups: int, rows: int, features: int) -> int:
-    """Number of float32 that `pack_bank` writes: groups * ceil(rows / 16) * features * 16."""
+    """Number of 32-bit words that `pack_bank` writes: groups * features * (ceil(rows / 16) * 16 + 1)."""
 
 def pack_bank(rows_ptr: int, groups: int, rows: int, features: int, packed_ptr: int, norms_ptr: int) -> None:
-    """float32 [G, M, D] to packed [G, panel, D, lane] and Euclidean norms float32 [G, ceil(M / 16) * 16]."""
+    """float32 [G, M, D] to packed panels and Euclidean norms float32 [G, ceil(M / 16) * 16].
+
+    Packed: float32 [G, panel, place, lane], then int32 [G, D], the feature at each place: features lie by falling
+    variance over the rows of their group.
+    """
 
 def feature_distance(
     features_ptr: int,
@@ -138,6 +142,13 @@ def set_simd_level(name: str) -> None:
 
 def pool_workers() -> int:
     """Threads of the pool that this process has started so far; 0 before the first parallel call."""
+
+def _set_exhaustive(on: bool) -> None:
+    """For tests: whether `watermark` computes every distance in full. Its results do not depend on it."""
+
+def _bounded_counts() -> tuple[int, int, int]:
+    """For tests: how `watermark` has decided (query, group) pairs so far in this process: without looking at a
+    feature, by bounds from some of the features, by computing the distance."""
 
 def build_info() -> BuildInfo:
     """Compiler, flags, version, compiled levels and sanitizers of this build."""

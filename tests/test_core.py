@@ -67,13 +67,15 @@ def check_distances(features, rows, k, metric, p, *, relative=RELATIVE, absolute
     return distance, index
 
 
-def test_a_packed_panel_holds_16_rows_side_by_side():
-    rows = normal(numbers(), 2, 18, 5)
+def test_a_packed_panel_holds_16_rows_side_by_side_features_by_falling_variance():
+    rows = normal(numbers(), 2, 18, 5) * np.array([1, 3, 2, 0, 3], np.float32)
+    rows[..., 4] = rows[..., 1]  # a tie: the first comes first
     bank = core.pack(rows)
-    packed = bank.packed.reshape(2, 2, 5, 16)
+    packed, order = bank.packed[:-10].reshape(2, 2, 5, 16), bank.packed[-10:].view(np.int32).reshape(2, 5)
+    assert order.tolist() == [[1, 4, 2, 0, 3], [1, 4, 2, 0, 3]]
     for group in range(2):
         for row in range(32):
-            expected = rows[group, row] if row < 18 else np.zeros(5)
+            expected = rows[group, row][order[group]] if row < 18 else np.zeros(5)
             assert np.array_equal(packed[group, row // 16, :, row % 16], expected)
     norms = np.linalg.norm(rows.astype(np.float64), axis=-1)
     assert np.array_equal(bank.norms[:, :18], norms.astype(np.float32))

@@ -30,24 +30,48 @@ struct LoadTask {
     uint8_t* finite;
 };
 
+// How the distances of a bounded task were decided, in queries of a group.
+struct BoundedCounts {
+    uint64_t without_looking;  // no distance could be small enough
+    uint64_t by_bounds;        // proven by the sums over some of the features
+    uint64_t finished;         // computed
+};
+
 // Mean of the k smallest distances of each query of a block to the rows of one group.
 struct DistanceTask {
     float* queries;  // [batch][query_stride] float32, finite; cosine normalises it in place
     size_t query_stride, batch, features;
-    const float* packed;  // [panels][features][kLanes]
-    const float* norms;   // [panels * kLanes]
+    const float* packed;   // [panels][features][kLanes]
+    const int32_t* order;  // the feature at each place of a panel
+    const float* norms;    // [panels * kLanes]
     size_t rows, k;
     Metric metric;
     double p;
     const uint8_t* finite;
-    uint8_t* nonzero;     // [batch], written by normalise_rows, read for cosine
-    float* tiles;         // scratch [batch * features]
-    uint64_t* keys;       // scratch [batch * k]
-    SmallestK* smallest;  // scratch [batch]
-    float* distance;      // element of query i at distance[i * distance_stride]
+    uint8_t* nonzero;  // [batch], written by normalise_rows, read for cosine
+    // Distances of query i below enough[i] are wanted; others may come as infinity. Null: all are wanted.
+    const float* enough;
+    BoundedCounts* counts;    // added to where `enough` is given
+    const float* transposed;  // the queries as [features][batch]
+    float* tiles;             // scratch [batch * features]
+    float* beyond;            // scratch [batch]
+    uint32_t* lists;          // scratch [2 * batch]
+    float* partial;           // scratch [batch][panels * kLanes] where `enough` is given
+    uint64_t* keys;           // scratch [batch * k]
+    SmallestK* smallest;      // scratch [batch]
+    float* distance;          // element of query i at distance[i * distance_stride]
     size_t distance_stride;
     int32_t* index;  // k of query i at index[i * index_stride], or null
     size_t index_stride;
+
+    size_t panels() const { return (rows + kLanes - 1) / kLanes; }
+};
+
+// [rows][columns] at row_stride to [columns][rows].
+struct TransposeTask {
+    const float* in;
+    size_t row_stride, rows, columns;
+    float* out;
 };
 
 struct HashTask {
@@ -88,6 +112,7 @@ struct Kernels {
     const char* name;
     void (*load_rows)(const LoadTask&);
     void (*normalise_rows)(const DistanceTask&);
+    void (*transpose)(const TransposeTask&);
     void (*distance)(const DistanceTask&);
     void (*sign_hash)(const HashTask&);
     Softmax (*softmax)(const SoftmaxTask&);

@@ -1,10 +1,12 @@
 #include "cpu/ops.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "core/halves.h"
@@ -96,28 +98,31 @@ struct QueryBlock {
     float* queries;
     float* unit;  // a copy that cosine may normalise
     uint8_t* finite;
-    uint8_t* nonzero;
-    float* tiles;
-    uint64_t* keys;
-    SmallestK* smallest;
+    DistanceTask scratch{};
 
-    QueryBlock(const RowSource& source, size_t k_, bool cosine) : batch(source.rows), features(source.columns), k(k_) {
-        const size_t floats = batch * features;
-        Scratch& scratch = Scratch::of_this_thread(Scratch::kQueries);
-        scratch.reserve({floats * 4, cosine ? floats * 4 : 0, batch, batch, k ? floats * 4 : 0, batch * k * 8,
-                         batch * sizeof(SmallestK)});
-        queries = scratch.take<float>(floats);
-        unit = scratch.take<float>(cosine ? floats : 0);
-        finite = scratch.take<uint8_t>(batch);
-        nonzero = scratch.take<uint8_t>(batch);
-        tiles = scratch.take<float>(k ? floats : 0);
-        keys = scratch.take<uint64_t>(batch * k);
-        smallest = scratch.take<SmallestK>(batch);
+    // partial_rows: bank rows for which sums are kept between passes, 0 where nothing stops early.
+    QueryBlock(const RowSource& source, size_t k_, bool cosine, size_t partial_rows)
+        : batch(source.rows), features(source.columns), k(k_) {
+        const size_t floats = batch * features, of_distance = k != 0 ? floats : 0;
+        Scratch& memory = Scratch::of_this_thread(Scratch::kQueries);
+        memory.reserve({floats * 4, cosine ? floats * 4 : 0, batch, batch, of_distance * 4, of_distance * 4, batch * 4,
+                        batch * 8, batch * partial_rows * 4, batch * k * 8, batch * sizeof(SmallestK)});
+        queries = memory.take<float>(floats);
+        unit = memory.take<float>(cosine ? floats : 0);
+        finite = memory.take<uint8_t>(batch);
+        scratch.nonzero = memory.take<uint8_t>(batch);
+        transposed_ = memory.take<float>(of_distance);
+        scratch.tiles = memory.take<float>(of_distance);
+        scratch.beyond = memory.take<float>(batch);
+        scratch.lists = memory.take<uint32_t>(batch * 2);
+        scratch.partial = memory.take<float>(batch * partial_rows);
+        scratch.keys = memory.take<uint64_t>(batch * k);
+        scratch.smallest = memory.take<SmallestK>(batch);
         kernels().load_rows({source, queries, features, finite});
     }
 
     DistanceTask task(const Neighbours& neighbours) const {
-        DistanceTask task{};
+        DistanceTask task = scratch;
         task.queries = queries;
         task.query_stride = features;
         task.batch = batch;
@@ -126,28 +131,28 @@ struct QueryBlock {
         task.metric = neighbours.metric;
         task.p = neighbours.p;
         task.finite = finite;
-        task.nonzero = nonzero;
-        task.tiles = tiles;
-        task.keys = keys;
-        task.smallest = smallest;
         if (neighbours.metric == Metric::kCosine) {
             std::copy(queries, queries + batch * features, unit);
             task.queries = unit;
             kernels().normalise_rows(task);
         }
+        // Once for all groups, each of which has an order of features of its own.
+        kernels().transpose({task.queries, features, batch, features, transposed_});
+        task.transposed = transposed_;
         return task;
     }
+
+private:
+    float* transposed_;
 };
 
-void distances_to_group(DistanceTask task, const Bank& bank, size_t group, float* distance, size_t distance_stride,
-                        int32_t* index, size_t index_stride) {
+void distances_to_group(DistanceTask& task, const Bank& bank, size_t group, float* distance, size_t distance_stride) {
     task.packed = bank.packed_of(group);
+    task.order = bank.order_of(group);
     task.norms = bank.norms_of(group);
     task.rows = bank.rows;
     task.distance = distance;
     task.distance_stride = distance_stride;
-    task.index = index;
-    task.index_stride = index_stride;
     kernels().distance(task);
 }
 
@@ -245,15 +250,38 @@ void mix_block(AnswerBlock& block, bool is_read, const float* similarity, const 
 
 }  // namespace
 
+namespace {
+
+// Features by falling variance over the rows: the ones that tell most about a distance come first.
+void order_features(const float* rows, size_t count, size_t features, int32_t* order) {
+    std::vector<double> mean(features), variance(features);
+    for (size_t row = 0; row < count; ++row)
+        for (size_t d = 0; d < features; ++d) mean[d] += rows[row * features + d];
+    for (double& value : mean) value /= static_cast<double>(count);
+    for (size_t row = 0; row < count; ++row) {
+        for (size_t d = 0; d < features; ++d) {
+            const double deviation = rows[row * features + d] - mean[d];
+            variance[d] += deviation * deviation;
+        }
+    }
+    std::iota(order, order + features, 0);
+    std::stable_sort(order, order + features, [&](int32_t a, int32_t b) { return variance[a] > variance[b]; });
+}
+
+}  // namespace
+
 void pack_bank(const float* rows, size_t groups, size_t rows_of_group, size_t features, float* packed, float* norms) {
-    const size_t panels = (rows_of_group + kLanes - 1) / kLanes;
+    const Bank bank{packed, norms, groups, rows_of_group, features};
     for (size_t group = 0; group < groups; ++group) {
-        for (size_t lane = 0; lane < panels * kLanes; ++lane, ++norms) {
-            float* out = packed + (group * panels + lane / kLanes) * features * kLanes + lane % kLanes;
-            const float* row = lane < rows_of_group ? rows + (group * rows_of_group + lane) * features : nullptr;
+        const float* of_group = rows + group * rows_of_group * features;
+        int32_t* order = const_cast<int32_t*>(bank.order_of(group));
+        order_features(of_group, rows_of_group, features, order);
+        for (size_t lane = 0; lane < bank.panels() * kLanes; ++lane, ++norms) {
+            float* out = packed + (group * bank.panels() + lane / kLanes) * features * kLanes + lane % kLanes;
+            const float* row = lane < rows_of_group ? of_group + lane * features : nullptr;
             double square = 0.0;
             for (size_t d = 0; d < features; ++d) {
-                const float value = row == nullptr ? 0.0f : row[d];
+                const float value = row == nullptr ? 0.0f : row[order[d]];
                 out[d * kLanes] = value;
                 square += double{value} * value;
             }
@@ -267,12 +295,13 @@ void feature_distance(const RowSource& features, const Bank& bank, const Neighbo
     const size_t useful = useful_threads(work_of(bank, features.rows), threads);
     const size_t block = block_of(features.rows, features.columns, useful);
     for_blocks(features.rows, block, useful, [&](size_t begin, size_t rows) {
-        const QueryBlock queries(slice(features, begin, rows), neighbours.k, neighbours.metric == Metric::kCosine);
-        const DistanceTask task = queries.task(neighbours);
+        const QueryBlock queries(slice(features, begin, rows), neighbours.k, neighbours.metric == Metric::kCosine, 0);
+        DistanceTask task = queries.task(neighbours);
+        task.index_stride = bank.groups * neighbours.k;
         for (size_t group = 0; group < bank.groups; ++group) {
             const size_t first = begin * bank.groups + group;
-            distances_to_group(task, bank, group, distance + first, bank.groups,
-                               index ? index + first * neighbours.k : nullptr, bank.groups * neighbours.k);
+            task.index = index ? index + first * neighbours.k : nullptr;
+            distances_to_group(task, bank, group, distance + first, bank.groups);
         }
     });
 }
@@ -282,7 +311,7 @@ void sign_hash(const RowSource& features, const float* planes, size_t n_planes, 
     const size_t useful = useful_threads(work, threads);
     const size_t block = block_of(features.rows, features.columns, useful);
     for_blocks(features.rows, block, useful, [&](size_t begin, size_t rows) {
-        const QueryBlock queries(slice(features, begin, rows), 0, false);
+        const QueryBlock queries(slice(features, begin, rows), 0, false, 0);
         kernels().sign_hash({queries.queries, features.columns, rows, features.columns, planes, n_planes,
                              queries.finite, bucket + begin});
     });
@@ -298,34 +327,92 @@ void watermark_mix(const RowSource& logits, const float* similarity, const int64
     });
 }
 
+namespace {
+
+std::atomic<bool> exhaustive{false};
+std::atomic<uint64_t> counted[3];
+
+void add_counts(const BoundedCounts& counts) {
+    counted[0].fetch_add(counts.without_looking, std::memory_order_relaxed);
+    counted[1].fetch_add(counts.by_bounds, std::memory_order_relaxed);
+    counted[2].fetch_add(counts.finished, std::memory_order_relaxed);
+}
+
+// The smallest distance whose similarity is 0 (similarity_of does not rise with the distance), or infinity.
+float distance_without_similarity(const SimilarityRule& rule, size_t group, float confidence) {
+    const auto similarity = [&](float distance) {
+        return baseline::similarity_of(distance, confidence, rule.offset[group], rule.scale[group],
+                                       rule.confidence_weight);
+    };
+    float distance = std::max(rule.offset[group] - rule.confidence_weight * confidence, 0.0f);
+    for (int step = 0; step < 4; ++step, distance = std::nextafter(distance, INFINITY))
+        if (similarity(distance) == 0.0f) return distance;
+    return INFINITY;
+}
+
+// Queries of a block of `watermark`: sums of its block with the whole bank are kept, in at most so much memory.
+constexpr size_t kPartialBytes = 4 * 1024 * 1024;
+size_t bounded_block(size_t block, const Bank& bank) {
+    const size_t fitting = kPartialBytes / (bank.panels() * kLanes * sizeof(float)) / 16 * 16;
+    return std::min(block, std::max<size_t>(16, fitting));
+}
+
+struct Similarities {
+    const QueryBlock& queries;
+    const AnswerBlock& answers;
+    const Bank& bank;
+    const SimilarityRule& rule;
+    bool with_confidence;
+
+    bool finite(size_t i) const { return queries.finite[i] && answers.softmax[i].finite; }
+    float confidence(size_t i) const { return with_confidence && finite(i) ? answers.confidence(i) : 1.0f; }
+
+    // Of one group, for all queries of the block, into every groups-th element of `out`.
+    void compute(DistanceTask& task, size_t group, float* enough, float* out) const {
+        const bool bounded = !exhaustive.load(std::memory_order_relaxed);
+        for (size_t i = 0; bounded && i < queries.batch; ++i)
+            enough[i] = finite(i) ? distance_without_similarity(rule, group, confidence(i)) : -INFINITY;
+        task.enough = bounded ? enough : nullptr;
+        distances_to_group(task, bank, group, out, bank.groups);
+        for (size_t i = 0; i < queries.batch; ++i) {
+            float& value = out[i * bank.groups];
+            value = finite(i) ? baseline::similarity_of(value, confidence(i), rule.offset[group], rule.scale[group],
+                                                        rule.confidence_weight)
+                              : 0.0f;
+        }
+    }
+};
+
+}  // namespace
+
+void set_exhaustive(bool on) { exhaustive.store(on, std::memory_order_relaxed); }
+
+BoundedCounts bounded_counts() { return {counted[0].load(), counted[1].load(), counted[2].load()}; }
+
 void watermark(const RowSource& features, const RowSource& logits, const Bank& bank, const Neighbours& neighbours,
                const float* planes, size_t n_planes, const SimilarityRule& rule, const Mixing& mixing,
                float* similarity, size_t threads) {
     const size_t useful = useful_threads(work_of(bank, features.rows), threads);
-    const size_t block = block_of(features.rows, features.columns, useful);
+    const size_t block = bounded_block(block_of(features.rows, features.columns, useful), bank);
     const bool with_confidence = mixing.rule.needs_confidence() || rule.confidence_weight != 0.0f;
     for_blocks(features.rows, block, useful, [&](size_t begin, size_t rows) {
         AnswerBlock answers(slice(logits, begin, rows), mixing.groups);
         for (size_t i = 0; i < rows; ++i) answers.read(i, with_confidence);
-        const QueryBlock queries(slice(features, begin, rows), neighbours.k, neighbours.metric == Metric::kCosine);
-        const DistanceTask task = queries.task(neighbours);
+        const QueryBlock queries(slice(features, begin, rows), neighbours.k, neighbours.metric == Metric::kCosine,
+                                 bank.panels() * kLanes);
+        const Similarities similarities{queries, answers, bank, rule, with_confidence};
+        DistanceTask task = queries.task(neighbours);
+        BoundedCounts counts{};
+        task.counts = &counts;
         float* of_block = similarity + begin * bank.groups;
+        float enough[kMostQueries];
         for (size_t group = 0; group < bank.groups; ++group)
-            distances_to_group(task, bank, group, of_block + group, bank.groups, nullptr, 0);
-        for (size_t i = 0; i < rows; ++i) {
-            const bool finite = queries.finite[i] && answers.softmax[i].finite;
-            const float confidence = with_confidence ? answers.confidence(i) : 1.0f;
-            for (size_t group = 0; group < bank.groups; ++group) {
-                float& value = of_block[i * bank.groups + group];
-                value = finite ? baseline::similarity_of(value, confidence, rule.offset[group], rule.scale[group],
-                                                         rule.confidence_weight)
-                               : 0.0f;
-            }
-        }
-        std::vector<int64_t> bucket(rows);
-        kernels().sign_hash({queries.queries, features.columns, rows, features.columns, planes, n_planes,
-                             queries.finite, bucket.data()});
-        mix_block(answers, true, of_block, bucket.data(), mixing, begin);
+            similarities.compute(task, group, enough, of_block + group);
+        add_counts(counts);
+        int64_t bucket[kMostQueries];
+        kernels().sign_hash(
+            {queries.queries, features.columns, rows, features.columns, planes, n_planes, queries.finite, bucket});
+        mix_block(answers, true, of_block, bucket, mixing, begin);
     });
 }
 

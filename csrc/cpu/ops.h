@@ -16,12 +16,16 @@ using baseline::MixingRule;
 
 // Trigger banks as pack_bank leaves them.
 struct Bank {
-    const float* packed;  // [groups][panels][features][kLanes]
+    const float* packed;  // [groups][panels][features][kLanes], then the order: int32 [groups][features]
     const float* norms;   // [groups][panels * kLanes]
     size_t groups, rows, features;
 
     size_t panels() const { return (rows + kLanes - 1) / kLanes; }
     const float* packed_of(size_t group) const { return packed + group * panels() * features * kLanes; }
+    // The feature that lies at each place of the panels.
+    const int32_t* order_of(size_t group) const {
+        return reinterpret_cast<const int32_t*>(packed_of(groups)) + group * features;
+    }
     const float* norms_of(size_t group) const { return norms + group * panels() * kLanes; }
 };
 
@@ -64,5 +68,9 @@ struct SimilarityRule {
 void watermark(const RowSource& features, const RowSource& logits, const Bank& bank, const Neighbours& neighbours,
                const float* planes, size_t n_planes, const SimilarityRule& rule, const Mixing& mixing,
                float* similarity, size_t threads);
+
+// For tests: whether `watermark` computes every distance in full, and how it decided those of all calls so far.
+void set_exhaustive(bool on);
+BoundedCounts bounded_counts();
 
 }  // namespace honeytrace

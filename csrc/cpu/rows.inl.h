@@ -63,6 +63,23 @@ inline void normalise_rows_kernel(const DistanceTask& task) {
     }
 }
 
+// In columns of 16 rows, so that what is written lies together.
+inline void transpose_kernel(const TransposeTask& task) {
+    for (size_t first = 0; first < task.rows; first += kLanes) {
+        const size_t rows = task.rows - first < kLanes ? task.rows - first : kLanes;
+        const float* in = task.in + first * task.row_stride;
+        float* out = task.out + first;
+        if (rows == kLanes) {
+            for (size_t d = 0; d < task.columns; ++d, out += task.rows) {
+                _Pragma("GCC unroll 16") for (size_t i = 0; i < kLanes; ++i) out[i] = in[i * task.row_stride + d];
+            }
+        } else {
+            for (size_t d = 0; d < task.columns; ++d, out += task.rows)
+                for (size_t i = 0; i < rows; ++i) out[i] = in[i * task.row_stride + d];
+        }
+    }
+}
+
 // Dot products of QT queries with PT planes, lanes along the features.
 template <int QT, int PT>
 HT_INLINE void sign_tile(const HashTask& task, size_t query, size_t plane) {

@@ -77,6 +77,13 @@ def _plain(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous().resolve_neg()
 
 
+def _panels(
+    rows: Tensor, packed: Tensor | None, norms: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The packed bank; on the CPU it is in the compiled core's order of features, which is not read here."""
+    return (packed, norms) if rows.is_cuda and packed is not None and norms is not None else (None, None)
+
+
 @functools.cache
 def _vector(values: tuple[float, ...], count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`values` on the device for good; a single one is repeated."""
@@ -89,7 +96,7 @@ def feature_distance(
     features: Tensor, rows: Tensor, packed: Tensor | None, norms: Tensor | None, k: int, metric: int, p: float
 ) -> tuple[Tensor, Tensor]:
     found: tuple[Tensor, Tensor] = distance_kernels.feature_distance(
-        _rows(features), rows.contiguous(), packed, norms, k, metric, p
+        _rows(features), rows.contiguous(), *_panels(rows, packed, norms), k, metric, p
     )
     return found
 
@@ -141,7 +148,9 @@ def watermark(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     features, numbers, groups, device = _rows(features), tuple(rule), rows.shape[0], features.device
-    distance, _ = distance_kernels.feature_distance(features, rows.contiguous(), packed, norms, k, metric, p)
+    distance, _ = distance_kernels.feature_distance(
+        features, rows.contiguous(), *_panels(rows, packed, norms), k, metric, p
+    )
     mixed, similarity, group, flipped = mix_kernels.watermark_mix(
         _rows(logits),
         distance,
