@@ -10,6 +10,7 @@ from honeytrace.extraction.adaptive import random_adaptive
 from honeytrace.extraction.attacks import ATTACKS, Attack
 from honeytrace.extraction.averaging import repeat, smoothing
 from honeytrace.extraction.bent_hunting import Hunt, bent_hunting, hunt, repaired
+from honeytrace.extraction.dfme import dfme
 from honeytrace.extraction.guessed_bank import guessed_bank
 from honeytrace.extraction.interface import (
     Api,
@@ -51,6 +52,7 @@ __all__ = [
     "co_teaching",
     "d_dae",
     "d_dae_plus",
+    "dfme",
     "fidelity",
     "guessed_bank",
     "honeytrace_defence",

@@ -11,6 +11,7 @@ from torch import Tensor
 from honeytrace.extraction.adaptive import random_adaptive
 from honeytrace.extraction.averaging import repeat, smoothing
 from honeytrace.extraction.bent_hunting import bent_hunting
+from honeytrace.extraction.dfme import dfme
 from honeytrace.extraction.guessed_bank import guessed_bank
 from honeytrace.extraction.interface import Api, Extraction, Labels, Needs
 from honeytrace.extraction.jacobian import jbda, jbda_tr
@@ -89,6 +90,7 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
             Attack("d-dae", d_dae, needs="scores"),
             Attack("d-dae-plus", d_dae_plus, needs="scores"),
             Attack("bayes", bayes, needs="scores"),
+            Attack("dfme", dfme, needs="scores"),
             Attack("bent-hunting-drop", partial(bent_hunting, mode="drop")),
             Attack("bent-hunting-repair", partial(bent_hunting, mode="repair")),
             Attack("guessed-bank", guessed_bank),

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from honeytrace.extraction.features import features_of
 from honeytrace.extraction.interface import Api, Extraction, Labels
 from honeytrace.extraction.objective import fit_objective
 from honeytrace.extraction.recipe import Recipe
@@ -57,8 +56,7 @@ def s4l(
     def objective(batch: Tensor, wanted: Tensor, place: float) -> tuple[Tensor, Tensor]:
         unlabelled = pool[torch.randint(len(pool), (len(batch),), generator=draws).to(pool.device)]
         turns = torch.randint(4, (len(batch),), generator=draws).to(batch.device)
-        logits = copy(batch)
-        guesses = learner.turns(_turned(unlabelled.to(batch.device), turns))
+        logits, guesses = learner(batch, _turned(unlabelled.to(batch.device), turns))
         supervised = functional.cross_entropy(logits.float(), wanted)
         return supervised + weight * functional.cross_entropy(guesses.float(), turns), logits
 
@@ -76,10 +74,18 @@ class _TwoHeads(nn.Module):
         self.second = seeded(lambda: nn.Linear(features, 4), seed)
         self._name = head
 
-    def turns(self, images: Tensor) -> Tensor:
-        """Logits [B, 4]."""
-        guesses: Tensor = self.second(features_of(self.copy, self._name, images))
-        return guesses
+    def forward(self, batch: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] of `batch`, and [B', 4] of `turned`. In one pass, for batch normalisation must know both
+        kinds of image alike."""
+        seen: list[Tensor] = []
+        hook = get_head(self.copy, self._name).register_forward_pre_hook(
+            lambda module, args: seen.append(args[0])
+        )
+        try:
+            logits = self.copy(torch.cat([batch, turned]))
+        finally:
+            hook.remove()
+        return logits[: len(batch)], self.second(seen[-1][len(batch) :])
 
 
 def _turned(images: Tensor, turns: Tensor) -> Tensor:
