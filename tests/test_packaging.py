@@ -72,7 +72,9 @@ def test_the_sdist_holds_what_a_build_needs_and_nothing_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp"}
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in {".h", ".cpp", ".cu", ".cuh"}
     }
     assert sources <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "kernels/__init__.py", "honeytrace/py.typed"} <= names
@@ -91,7 +93,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         for path in (ROOT / "kernels").rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == modules
-    assert {"honeytrace/py.typed", "honeytrace/_C.pyi"} <= set(names)
+    assert {"honeytrace/py.typed", "honeytrace/_C.pyi", "honeytrace/_cuda.pyi"} <= set(names)
     assert len([name for name in names if name.endswith(".so")]) == 1
 
 
@@ -139,13 +141,13 @@ def test_without_the_core_the_package_is_pure_python(tree, tmp_path):
     assert run(python, "-c", code, cwd=tmp_path).strip() == "None"
 
 
-def refusal(**environment: str) -> str:
-    """What setup.py says before it builds anything."""
+def refusal(code: str = "import setup", **environment: str) -> str:
+    """How `code` ends, with a setup.py that is only asked for its version: "" or the last line."""
     pytest.importorskip("pybind11")
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("HONEYTRACE_", "CUDA_"))
     }
-    command = [sys.executable, "setup.py", "--quiet", "--version"]
+    command = [sys.executable, "-c", f"import sys; sys.argv[1:] = ['--quiet', '--version']\n{code}"]
     done = subprocess.run(
         command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=120
     )
@@ -157,18 +159,52 @@ def test_cuda_is_not_built_unless_asked_for(value):
     assert refusal(HONEYTRACE_CUDA=value) == ""
 
 
-def test_asking_for_cuda_is_an_error_that_says_why(tmp_path):
-    assert "nvcc not found" in refusal(HONEYTRACE_CUDA="1", PATH=str(tmp_path))
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
-    found = refusal(HONEYTRACE_CUDA="1", PATH=str(tmp_path), CUDA_HOME=str(tmp_path))
-    assert "the CUDA sources are not part of this version" in found
+def test_asking_for_cuda_is_an_error_that_says_why():
+    code = "import setup; setup.find_nvcc = lambda: None; setup.nvcc_to_use()"
+    assert "HONEYTRACE_CUDA=1: nvcc not found" in refusal(code, HONEYTRACE_CUDA="1")
+    code = "import setup; setup.find_nvcc = lambda: '/usr/bin/nvcc'; print(setup.nvcc_to_use())"
+    both = refusal(code, HONEYTRACE_CUDA="1", HONEYTRACE_NO_EXT="1")
+    assert "HONEYTRACE_CUDA=1 and HONEYTRACE_NO_EXT=1 exclude each other" in both
+
+
+CHOICES = """
+import setup
+setup.find_nvcc = lambda: {nvcc!r}
+setup.has_driver = lambda: {driver}
+assert setup.nvcc_to_use() == {chosen!r}
+"""
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "driver", "environment", "built"),
+    [
+        ("/bin/nvcc", True, {}, True),
+        ("/bin/nvcc", False, {}, False),
+        (None, True, {}, False),
+        ("/bin/nvcc", False, {"HONEYTRACE_CUDA_ARCH": "8.0"}, True),
+        ("/bin/nvcc", True, {"HONEYTRACE_CUDA": "0", "HONEYTRACE_CUDA_ARCH": "8.0"}, False),
+        ("/bin/nvcc", False, {"HONEYTRACE_CUDA": "1"}, True),
+    ],
+)
+def test_when_the_cuda_kernels_are_built(nvcc, driver, environment, built):
+    code = CHOICES.format(nvcc=nvcc, driver=driver, chosen=nvcc if built else None)
+    assert refusal(code, **environment) == ""
+
+
+def test_architectures_of_the_cuda_kernels():
+    code = "import setup; assert setup.architecture_flags()[1::2] == [{}]"
+    flags = "'arch=compute_80,code=sm_80', 'arch=compute_90,code=sm_90', 'arch=compute_90,code=compute_90'"
+    assert refusal(code.format(flags)) == ""
+    flags = "'arch=compute_90a,code=sm_90a', 'arch=compute_90a,code=compute_90a'"
+    assert refusal(code.format(flags), HONEYTRACE_CUDA_ARCH="9.0a") == ""
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("HONEYTRACE_CUDA", "yes", "HONEYTRACE_CUDA must be one of 0, 1, auto, got 'yes'"),
+        ("HONEYTRACE_CUDA_ARCH", "7.5", "HONEYTRACE_CUDA_ARCH must be compute capabilities of 8.0 or above"),
+        ("HONEYTRACE_CUDA_ARCH", "sm_90", "such as 8.0,9.0, got 'sm_90'"),
         ("HONEYTRACE_NO_EXT", "true", "HONEYTRACE_NO_EXT must be one of 0, 1, got 'true'"),
         ("HONEYTRACE_SANITIZE", "memory", "HONEYTRACE_SANITIZE takes address,undefined or thread"),
         ("HONEYTRACE_SANITIZE", "address,thread", "address and thread exclude each other"),

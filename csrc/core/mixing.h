@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "double_power.h"
 #include "hd.h"
 #include "philox.h"
 
@@ -35,7 +36,7 @@ HONEYTRACE_HD double shaped_power(double base, double exponent) {
     if (exponent == 1.0) return base;
     if (exponent == 2.0) return base * base;
     if (exponent == 3.0) return base * base * base;
-    return pow(base, exponent);
+    return double_power(base, exponent);
 }
 
 // clip((offset - distance - confidence_weight * confidence) / scale, 0, 1), all in float32; NaN gives 0.

@@ -24,19 +24,17 @@ HT_DEVICE bool few_sums(const M& metric, const DistanceProblem& problem, const f
                         int valid_rows, const float* exit_sum, const float (&inverse)[kQuad],
                         float (&total)[kQuad][kQuad]) {
     const int first_row = lane_index() % kQuad * kQuad, slice = lane_index() / kQuad;
-    HT_UNROLL(4)
-    for (int q = 0; q < kQuad; ++q) {
-        HT_UNROLL(4)
-        for (int r = 0; r < kQuad; ++r) total[q][r] = 0.0f;
+    HT_UNROLL(4) for (int q = 0; q < kQuad; ++q) {
+        HT_UNROLL(4) for (int r = 0; r < kQuad; ++r)
+            total[q][r] = 0.0f;
     }
     HT_UNROLL_BY(1)
     for (int base = 0; base < problem.features; base += kSlice * kSlices) {
         const int begin = base + slice * kSlice, end = min_of(begin + kSlice, problem.features);
         float part[kQuad][kQuad];
-        HT_UNROLL(4)
-        for (int q = 0; q < kQuad; ++q) {
-            HT_UNROLL(4)
-            for (int r = 0; r < kQuad; ++r) part[q][r] = 0.0f;
+        HT_UNROLL(4) for (int q = 0; q < kQuad; ++q) {
+            HT_UNROLL(4) for (int r = 0; r < kQuad; ++r)
+                part[q][r] = 0.0f;
         }
         HT_UNROLL_BY(4)
         for (int d = begin; d < end; ++d) {
@@ -45,34 +43,29 @@ HT_DEVICE bool few_sums(const M& metric, const DistanceProblem& problem, const f
             const float query[kQuad] = {of_queries.x, of_queries.y, of_queries.z, of_queries.w};
             float row[kQuad] = {of_rows.x, of_rows.y, of_rows.z, of_rows.w};
             if constexpr (M::kCosine) {
-                HT_UNROLL(4)
-                for (int r = 0; r < kQuad; ++r) row[r] *= inverse[r];
+                HT_UNROLL(4) for (int r = 0; r < kQuad; ++r)
+                    row[r] *= inverse[r];
             }
-            HT_UNROLL(4)
-            for (int q = 0; q < kQuad; ++q) {
-                HT_UNROLL(4)
-                for (int r = 0; r < kQuad; ++r)
+            HT_UNROLL(4) for (int q = 0; q < kQuad; ++q) {
+                HT_UNROLL(4) for (int r = 0; r < kQuad; ++r)
                     part[q][r] = metric.accumulate(Scalar(query[q]), Scalar(row[r]), Scalar(part[q][r])).value;
             }
         }
         HT_UNROLL_BY(1)
         for (int s = 0; s < kSlices; ++s) {
             const int from = s * kQuad + lane_index() % kQuad;
-            HT_UNROLL(4)
-            for (int q = 0; q < kQuad; ++q) {
-                HT_UNROLL(4)
-                for (int r = 0; r < kQuad; ++r) total[q][r] += shuffle(part[q][r], from);
+            HT_UNROLL(4) for (int q = 0; q < kQuad; ++q) {
+                HT_UNROLL(4) for (int r = 0; r < kQuad; ++r)
+                    total[q][r] += shuffle(part[q][r], from);
             }
         }
         if (base + kSlice * kSlices >= problem.features) break;
         bool passed = true;
-        HT_UNROLL(4)
-        for (int q = 0; q < kQuad; ++q) {
-            HT_UNROLL(4)
-            for (int r = 0; r < kQuad; ++r)
+        HT_UNROLL(4) for (int q = 0; q < kQuad; ++q) {
+            HT_UNROLL(4) for (int r = 0; r < kQuad; ++r)
                 passed = passed && (total[q][r] >= exit_sum[q] || first_row + r >= valid_rows);
         }
-        if (ballot(passed) == kWholeWarp) return false;
+        if (ballot(passed) == ~0u) return false;
     }
     return true;
 }
@@ -88,23 +81,22 @@ HT_DEVICE void few_panel(const M& metric, const DistanceProblem& problem, FewMem
     const float* rows = problem.bank_panel(group, panel);
     float inverse[kQuad] = {1.0f, 1.0f, 1.0f, 1.0f};
     if constexpr (M::kCosine) {
-        HT_UNROLL(4)
-        for (int r = 0; r < kQuad; ++r) inverse[r] = inverse_norm(problem.group_norms(group)[panel * kPanel + first_row + r]);
+        HT_UNROLL(4) for (int r = 0; r < kQuad; ++r)
+            inverse[r] = inverse_norm(problem.group_norms(group)[panel * kPanel + first_row + r]);
     }
     float total[kQuad][kQuad];
     if (!few_sums(metric, problem, queries, rows, valid_rows, memory.exit_sum[warp], inverse, total)) {
-        if (lane < kQuad && memory.by_limit[warp][lane]) memory.skipped[warp][lane] = 1;
+        if (lane < kQuad) memory.skipped[warp][lane] |= memory.by_limit[warp][lane] ? kLeftOut | kStopped : kStopped;
         sync_warp();
         return;
     }
     // Slice s finishes query s % 4: each pair once or twice, by neighbouring lanes alike.
     const int mine = slice % kQuad, query = quad * kQuad + mine;
     const bool nonzero = query < problem.batch && (problem.state[query] & kNonzero) != 0;
-    HT_UNROLL(4)
-    for (int r = 0; r < kQuad; ++r) {
+    HT_UNROLL(4) for (int r = 0; r < kQuad; ++r) {
         float sum = total[0][r];
-        HT_UNROLL(3)
-        for (int q = 1; q < kQuad; ++q) sum = mine == q ? total[q][r] : sum;
+        HT_UNROLL(3) for (int q = 1; q < kQuad; ++q)
+            sum = mine == q ? total[q][r] : sum;
         float distance = distance_of_sum(metric, sum, inverse[r], nonzero, problem.features);
         if (distance == kAgain) distance = again(metric, queries + mine, rows + first_row + r, problem.features);
         if (slice < kQuad) memory.distance[warp][mine][first_row + r] = distance;
@@ -142,10 +134,10 @@ HT_DEVICE uint32_t usable_queries(const DistanceProblem& problem, int quad) {
 }
 
 // The k nearest of the panels [begin, end) for the queries in `wanted`, by all warps of the block. Afterwards warp w
-// holds the keys of query w of the quad; *skipped: rows beyond its limit were left out.
+// holds the keys of query w of the quad, and in *skipped what was left out for it.
 template <class M>
 HT_DEVICE uint64_t few_nearest(const M& metric, const DistanceProblem& problem, FewMemory& memory, int quad, int group,
-                               int begin, int end, uint32_t wanted, bool* skipped) {
+                               int begin, int end, uint32_t wanted, uint8_t* skipped) {
     const int lane = lane_index(), warp = warp_index();
     for (int q = 0; q < kQuad; ++q) memory.keys[warp][q][lane] = kNoKey;
     if (lane < kQuad) {
@@ -161,10 +153,10 @@ HT_DEVICE uint64_t few_nearest(const M& metric, const DistanceProblem& problem, 
         few_panel(metric, problem, memory, quad, group, panel, wanted);
     sync_block();
     uint64_t mine = memory.keys[0][warp][lane];
-    *skipped = memory.skipped[0][warp] != 0;
+    *skipped = memory.skipped[0][warp];
     for (int other = 1; other < kWarps; ++other) {
         mine = offer_keys(mine, problem.kept, memory.keys[other][warp][lane]);
-        *skipped = *skipped || memory.skipped[other][warp] != 0;
+        *skipped |= memory.skipped[other][warp];
     }
     return mine;
 }
@@ -176,9 +168,9 @@ few_kernel(M metric, DistanceProblem problem) {
     FewMemory& memory = *reinterpret_cast<FewMemory*>(shared_memory());
     const int quad = block_x(), part = block_y(), group = block_z();
     const int begin = part * problem.part_panels, end = min_of(begin + problem.part_panels, problem.panels());
-    bool skipped = false;
-    const uint64_t mine = few_nearest(metric, problem, memory, quad, group, begin, end, usable_queries(problem, quad),
-                                      &skipped);
+    uint8_t skipped = 0;
+    const uint64_t mine =
+        few_nearest(metric, problem, memory, quad, group, begin, end, usable_queries(problem, quad), &skipped);
     const int query = quad * kQuad + warp_index();
     if (query >= problem.batch) return;
     if (lane_index() < problem.kept) problem.keys_of(query, group, part)[lane_index()] = mine;
@@ -240,7 +232,7 @@ merge_kernel(M metric, DistanceProblem problem) {
         for (int part = 0; part < problem.parts; ++part) {
             const uint64_t key = lane < problem.kept ? problem.keys_of(query, group, part)[lane] : kNoKey;
             mine = offer_keys(mine, problem.kept, key);
-            skipped = skipped || of_parts[part] != 0;
+            skipped = skipped || (of_parts[part] & kLeftOut) != 0;
         }
     }
     Verdict verdict = Verdict::kExact;
@@ -256,7 +248,7 @@ merge_kernel(M metric, DistanceProblem problem) {
         sync_block();
         DistanceProblem whole = problem;
         whole.far.offset = nullptr;
-        bool none = false;
+        uint8_t none = 0;
         const uint64_t found = few_nearest(metric, whole, memory, quad, group, 0, problem.panels(), wanted, &none);
         if (open) mine = found;
     }

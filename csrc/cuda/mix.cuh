@@ -7,29 +7,13 @@
 
 namespace honeytrace::device {
 
-struct MixTask {
-    RowsView logits;
-    void* out;            // [rows][columns], type of the logits
-    const float* source;  // [rows][groups]: similarity, or distance where `far.offset` is given
-    float* similarity;    // [rows][groups], written where `far.offset` is given
-    FarRule far;
-    const uint8_t* state;  // of the queries, where `far.offset` is given
-    const float* target_logits;  // [groups][columns]
-    bool targets_aligned, out_aligned;
-    const int64_t* bucket;
-    int groups;
-    MixingRule rule;
-    uint64_t seed;
-    int64_t* group;
-    bool* flipped;
-};
-
 struct MixMemory {
     float of_warp[kWarps];
     uint64_t keys[kWarps];
     // the decision
     int group;
-    float strongest, weight, log_keep, shift;
+    float strongest, weight, log_keep;
+    double shift;
     bool flipped;
 };
 
@@ -79,8 +63,8 @@ HT_DEVICE LogSum log_sum(const RowsView& view, const char* row, MixMemory& memor
     for (int c = thread_index() * kRun; c < view.columns; c += kThreads * kRun) {
         load_run(view, row, c, -kLargestFloat32, x);
         finite = finite && all_finite(x);
-        HT_UNROLL(8)
-        for (int i = 0; i < kRun; ++i) out.top = fmaxf(out.top, x[i]);
+        HT_UNROLL(8) for (int i = 0; i < kRun; ++i)
+            out.top = fmaxf(out.top, x[i]);
     }
     out.top = block_largest(memory, out.top);
     out.finite = sync_block_and(finite);
@@ -89,8 +73,8 @@ HT_DEVICE LogSum log_sum(const RowsView& view, const char* row, MixMemory& memor
     HT_UNROLL_BY(1)
     for (int c = thread_index() * kRun; c < view.columns; c += kThreads * kRun) {
         load_run(view, row, c, -__builtin_inff(), x);
-        HT_UNROLL(8)
-        for (int i = 0; i < kRun; ++i) sum += exp_negative(Scalar(x[i] - out.top)).value;
+        HT_UNROLL(8) for (int i = 0; i < kRun; ++i)
+            sum += exp_negative(Scalar(x[i] - out.top)).value;
     }
     out.sum = block_sum(memory, sum);
     return out;
@@ -127,12 +111,13 @@ HT_DEVICE void decide_row(const MixTask& task, MixMemory& memory, int row, uint6
     memory.weight = static_cast<float>(decision.weight);
     if (task.rule.space == 0) return;
     memory.log_keep = static_cast<float>(log(1.0 - decision.weight));
-    memory.shift = static_cast<float>(logit_lse + log(decision.weight));
+    memory.shift = logit_lse + log(decision.weight);
 }
 
-// log(exp(own) + exp(taken)); one of them may be -infinity.
+// log(exp(own) + exp(taken)); -infinity stands for a share of nothing.
 HT_DEVICE float join_logs(float own, float taken) {
     const float high = fmaxf(own, taken), low = fminf(own, taken);
+    if (low == -__builtin_inff()) return high;
     return high + log1p_unit(exp_negative(Scalar(low - high))).value;
 }
 
@@ -143,28 +128,25 @@ HT_DEVICE void store_run(const MixTask& task, char* row, int column, const float
     if (type == Type::kFloat32) {
         float* target = reinterpret_cast<float*>(row) + column;
         float y[kRun];
-        HT_UNROLL(8)
-        for (int i = 0; i < kRun; ++i) y[i] = clamp_finite(x[i], kLargestFloat32);
+        HT_UNROLL(8) for (int i = 0; i < kRun; ++i)
+            y[i] = clamp_finite(x[i], kLargestFloat32);
         if (whole) {
             store4(target, {y[0], y[1], y[2], y[3]});
             store4(target + 4, {y[4], y[5], y[6], y[7]});
             return;
         }
-        HT_UNROLL(8)
-        for (int i = 0; i < kRun; ++i)
+        HT_UNROLL(8) for (int i = 0; i < kRun; ++i)
             if (column + i < task.logits.columns) target[i] = y[i];
         return;
     }
     uint16_t* target = reinterpret_cast<uint16_t*>(row) + column;
     Words4 words{};
-    HT_UNROLL(8)
-    for (int i = 0; i < kRun; ++i) {
+    HT_UNROLL(8) for (int i = 0; i < kRun; ++i) {
         const uint16_t half = type == Type::kFloat16 ? float16_from_float(x[i]) : bfloat16_from_float(x[i]);
         words.word[i / 2] |= static_cast<uint32_t>(half) << (i % 2 * 16);
     }
     if (whole) return store_words4(target, words);
-    HT_UNROLL(8)
-    for (int i = 0; i < kRun; ++i)
+    HT_UNROLL(8) for (int i = 0; i < kRun; ++i)
         if (column + i < task.logits.columns) target[i] = static_cast<uint16_t>(words.word[i / 2] >> (i % 2 * 16));
 }
 
@@ -180,17 +162,16 @@ HT_DEVICE void copy_row(const MixTask& task, const char* from, char* to) {
 HT_DEVICE void write_row(const MixTask& task, const MixMemory& memory, const char* from, char* to,
                          const RowsView& targets, double target_lse) {
     const char* target = targets.row(memory.group);
-    const float taken_shift = static_cast<float>(memory.shift - target_lse);
+    const double taken_shift = memory.shift - target_lse;
     HT_UNROLL_BY(1)
     for (int c = thread_index() * kRun; c < task.logits.columns; c += kThreads * kRun) {
         float z[kRun], r[kRun];
         load_run(targets, target, c, 0.0f, r);
         if (!memory.flipped) {
             load_run(task.logits, from, c, 0.0f, z);
-            HT_UNROLL(8)
-            for (int i = 0; i < kRun; ++i)
+            HT_UNROLL(8) for (int i = 0; i < kRun; ++i)
                 r[i] = task.rule.space == 0 ? mix_logit(z[i], r[i], memory.weight)
-                                            : join_logs(z[i] + memory.log_keep, r[i] + taken_shift);
+                                            : join_logs(z[i] + memory.log_keep, static_cast<float>(r[i] + taken_shift));
         }
         store_run(task, to, c, r);
     }
@@ -202,24 +183,25 @@ mix_kernel(MixTask task) {
     MixMemory& memory = *reinterpret_cast<MixMemory*>(shared_memory());
     const int row = block_x();
     const char* from = task.logits.row(row);
-    char* to = static_cast<char*>(task.out) +
-               static_cast<int64_t>(row) * task.logits.columns * size_of(task.logits.type);
+    char* to =
+        static_cast<char*>(task.out) + static_cast<int64_t>(row) * task.logits.columns * size_of(task.logits.type);
     const bool fused = task.far.offset != nullptr;
-    const bool needs_sum = task.rule.space == 1 || task.rule.needs_confidence() || task.far.confidence_weight != 0.0f;
+    const bool needs_sum = task.rule.space == 1 || task.rule.needs_confidence();
     const LogSum logits = log_sum(task.logits, from, memory, needs_sum);
-    const float confidence = fused && task.far.confidence != nullptr ? task.far.confidence[row] : 1.0f / logits.sum;
     const bool usable = logits.finite && (!fused || (task.state[row] & kFinite) != 0);
-    uint64_t key = strongest(task, memory, row, usable, confidence);
+    // The similarity takes the confidence that the distance kernels knew.
+    const float spared = fused && task.far.confidence != nullptr ? task.far.confidence[row] : 0.0f;
+    uint64_t key = strongest(task, memory, row, usable, spared);
     if (!usable) key = key_of(0.0f, ~0u);
     if (thread_index() == 0) {
-        decide_row(task, memory, row, key, confidence, logits.value());
+        decide_row(task, memory, row, key, 1.0f / logits.sum, logits.value());
         task.group[row] = memory.group;
         task.flipped[row] = memory.flipped;
     }
     sync_block();
     if (memory.strongest == 0.0f) return copy_row(task, from, to);
-    const RowsView targets{task.target_logits, Type::kFloat32, task.groups, task.logits.columns, task.logits.columns,
-                           task.targets_aligned};
+    const RowsView targets{task.target_logits,  Type::kFloat32,      task.groups,
+                           task.logits.columns, task.logits.columns, task.targets_aligned};
     double target_lse = 0.0;
     if (task.rule.space == 1 && !memory.flipped)
         target_lse = log_sum(targets, targets.row(memory.group), memory, true).value();

@@ -5,12 +5,10 @@
 #pragma once
 
 #include "cuda/select.h"
-// After select.h, which names the level.
-#include "core/mixing.h"
+#include "cuda/tasks.h"
 
 namespace honeytrace::device {
 
-constexpr int kPanel = 16;  // rows of a panel: element d of row m lies at ((m / 16) * D + d) * 16 + m % 16
 constexpr int kSlice = 64;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpLanes;
@@ -21,14 +19,9 @@ constexpr float kLargestNorm = 0x1p60f;
 
 // State of a prepared query.
 constexpr uint8_t kFinite = 1, kNonzero = 2;
-
-// Similarity of the fused operation. `offset` is null where plain distances are wanted.
-struct FarRule {
-    const float* offset;      // [groups]
-    const float* scale;       // [groups]
-    const float* confidence;  // [batch], -1 for logits that are not finite; null where the weight is 0
-    float confidence_weight;
-};
+// What a part of the bank says of a query: some of its rows are beyond the query's limit and were left out; sums were
+// left off before their end, be it for that or because the rows cannot be among the k nearest.
+constexpr uint8_t kLeftOut = 1, kStopped = 2;
 
 struct DistanceProblem {
     const float* queries;  // [ceil(batch / 16)][features][16], unit vectors for cosine
@@ -37,13 +30,13 @@ struct DistanceProblem {
     const float* norms;    // [groups][ceil(rows / 16) * 16]
     uint64_t* keys;        // [batch][groups][parts][kept], ascending; kNoKey where a part had fewer
     uint64_t* above;       // [batch][groups]: the last key of the passes before
-    uint8_t* skipped;      // [batch][groups][parts]: rows beyond the query's limit were left out
+    uint8_t* skipped;      // [batch][groups][parts]: kLeftOut, kStopped
     uint8_t* exhaustive;   // [batch][groups]: merging had to go through the group again
     float* distance;       // [batch][groups]
     int32_t* index;        // [batch][groups][k], or null
     int batch, features, groups, rows;
-    int k;          // neighbours wanted
-    int done, kept;  // of them found by the passes before, and wanted of this one
+    int k;                   // neighbours wanted
+    int done, kept;          // of them found by the passes before, and wanted of this one
     int parts, part_panels;  // a part of the bank is this many panels
     FarRule far;
 
@@ -82,32 +75,14 @@ HONEYTRACE_HD float limit_of(const FarRule& far, int query, int group) {
     return limit > 0.0f ? limit : 0.0f;
 }
 
-// How a metric's sum over features relates to its distance: a sum from `sum_bound(distance)` on belongs to a larger
-// distance. NaN, below which nothing lies, where float32 could not say so.
-constexpr float kBoundMargin = 1.0f + 0x1p-13f;  // powers are right to 2^-16
-
-HONEYTRACE_HD float bounded(float sum) {
-    return (sum > 0x1p-80f && sum < 0x1p100f) ? sum * kBoundMargin : __builtin_nanf("");
-}
-HONEYTRACE_HD float raw_sum_bound(const L1&, float distance, float features) { return distance * features; }
-HONEYTRACE_HD float raw_sum_bound(const L2&, float distance, float features) { return distance * distance * features; }
-HONEYTRACE_HD float raw_sum_bound(const Cosine&, float distance, float) { return 2.0f * distance; }
-
-// lp with its exponent: the sum bound needs the power that the root undoes.
-template <class M>
-struct WithExponent : M {
-    float p;
-};
-template <class M>
-HONEYTRACE_HD float raw_sum_bound(const WithExponent<M>& metric, float distance, float features) {
-    return power(Scalar(distance), metric.p, 0.0f).value * features;
-}
-
+// Sums from here on belong to a larger distance, whatever was rounded. NaN, which no sum reaches, where float32 could
+// not say so: within the range a sum is neither taken `again` for underflow nor, if it overflows, anywhere near.
 template <class M>
 HONEYTRACE_HD float sum_bound(const M& metric, float distance, int features) {
     // Every distance is at least 0, and of rows at equal distance the earlier one stays.
     if (distance == 0.0f) return 0.0f;
-    return bounded(raw_sum_bound(metric, distance, static_cast<float>(features)));
+    const float sum = metric.unfinish(Scalar(distance), static_cast<float>(features)).value * M::kUnfinishMargin;
+    return (sum > 0x1p-80f && sum < 0x1p100f) ? sum : __builtin_nanf("");
 }
 
 // 1 / norm of a bank row; 0 for a row of norm 0, whose distance is 1; NaN where the row must be looked at again.

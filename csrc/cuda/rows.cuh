@@ -6,20 +6,6 @@
 
 namespace honeytrace::device {
 
-enum class Type : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
-
-HONEYTRACE_HD int size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
-
-// Rows of `columns` adjacent elements, `stride` elements apart.
-struct RowsView {
-    const void* data;
-    Type type;
-    int rows, columns;
-    int64_t stride;
-    bool aligned;  // each row starts at a multiple of 16 bytes
-    HONEYTRACE_HD const char* row(int64_t i) const { return static_cast<const char*>(data) + i * stride * size_of(type); }
-};
-
 constexpr int kRun = 8;  // elements that a thread reads at once
 
 HT_DEVICE float float_of_half(Type type, uint16_t half) {
@@ -36,14 +22,12 @@ HT_DEVICE void load_run(const RowsView& view, const char* row, int column, float
             out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
         } else {
             const Words4 words = load_words4(row + column * 2);
-            HT_UNROLL(8)
-            for (int i = 0; i < kRun; ++i)
+            HT_UNROLL(8) for (int i = 0; i < kRun; ++i)
                 out[i] = float_of_half(view.type, static_cast<uint16_t>(words.word[i / 2] >> (i % 2 * 16)));
         }
         return;
     }
-    HT_UNROLL(8)
-    for (int i = 0; i < kRun; ++i) {
+    HT_UNROLL(8) for (int i = 0; i < kRun; ++i) {
         out[i] = rest;
         if (column + i >= view.columns) continue;
         out[i] = view.type == Type::kFloat32
@@ -54,8 +38,8 @@ HT_DEVICE void load_run(const RowsView& view, const char* row, int column, float
 
 HT_DEVICE bool all_finite(const float (&values)[kRun]) {
     bool finite = true;
-    HT_UNROLL(8)
-    for (int i = 0; i < kRun; ++i) finite = finite && is_finite_bits(bits_of(values[i]));
+    HT_UNROLL(8) for (int i = 0; i < kRun; ++i)
+        finite = finite && is_finite_bits(bits_of(values[i]));
     return finite;
 }
 
@@ -73,24 +57,8 @@ HT_DEVICE float largest_of_lanes(float value, int lanes) {
     return value;
 }
 
-struct RowsTask {
-    RowsView features;
-    // prepare: null where nothing needs it
-    float* queries;
-    uint8_t* state;
-    bool unit;
-    // hash
-    const float* planes;  // [n_planes][features]
-    int n_planes;
-    bool planes_aligned;
-    int64_t* bucket;
-    // confidence
-    RowsView logits;
-    float* confidence;
-};
-
-constexpr int kReaders = kThreads / kPanel;      // threads that share a query's features
-constexpr int kStretch = kReaders * kRun;        // features that they read in one turn
+constexpr int kReaders = kThreads / kPanel;  // threads that share a query's features
+constexpr int kStretch = kReaders * kRun;    // features that they read in one turn
 static_assert(kStretch == kSlice);
 
 struct PrepareMemory {
@@ -111,8 +79,8 @@ HT_DEVICE void prepare(const RowsTask& task, PrepareMemory& memory) {
         float x[kRun];
         load_run(task.features, row, d, 0.0f, x);
         finite = finite && all_finite(x);
-        HT_UNROLL(8)
-        for (int i = 0; i < kRun; ++i) square += static_cast<double>(x[i]) * x[i];
+        HT_UNROLL(8) for (int i = 0; i < kRun; ++i)
+            square += static_cast<double>(x[i]) * x[i];
     }
     const uint32_t broken = ballot(!finite) >> (lane_index() / kReaders * kReaders) & ((1u << kReaders) - 1u);
     square = sum_of_lanes(square, kReaders);
@@ -128,8 +96,7 @@ HT_DEVICE void prepare(const RowsTask& task, PrepareMemory& memory) {
     for (int base = 0; base < width; base += kStretch) {
         float x[kRun] = {};
         if (there) load_run(task.features, row, base + reader * kRun, 0.0f, x);
-        HT_UNROLL(8)
-        for (int i = 0; i < kRun; ++i) {
+        HT_UNROLL(8) for (int i = 0; i < kRun; ++i) {
             float value = is_finite_bits(bits_of(x[i])) ? x[i] : 0.0f;
             if (task.unit) value = static_cast<float>(value / divisor);
             memory.tile[of_panel][reader * kRun + i] = value;
@@ -164,8 +131,8 @@ HT_DEVICE void load_hash_chunk(const RowsTask& task, HashMemory& memory, int bas
     if (!all_finite(x)) memory.broken[of_panel] = 1;  // several threads may say so; then the sums do not matter
     for (int i = 0; i < kRun; i += 4)
         store4(&memory.queries[of_panel][reader * kRun + i], {x[i], x[i + 1], x[i + 2], x[i + 3]});
-    const RowsView planes{task.planes, Type::kFloat32, task.n_planes, task.features.columns, task.features.columns,
-                          task.planes_aligned};
+    const RowsView planes{task.planes,           Type::kFloat32,        task.n_planes,
+                          task.features.columns, task.features.columns, task.planes_aligned};
     HT_UNROLL_BY(1)
     for (int plane = of_panel; plane < kMostPlanes; plane += kPanel) {
         float y[kRun] = {};
@@ -189,8 +156,7 @@ HT_DEVICE void hash(const RowsTask& task, HashMemory& memory) {
         HT_UNROLL_BY(2)
         for (int d = 0; d < kStretch; d += 4) {
             const Float4 low = load4(&memory.planes[lane][d]), high = load4(&memory.planes[lane + kWarpLanes][d]);
-            HT_UNROLL(4)
-            for (int q = 0; q < kHashQueries; ++q) {
+            HT_UNROLL(4) for (int q = 0; q < kHashQueries; ++q) {
                 const Float4 x = load4(&memory.queries[first + q][d]);
                 float a = part[q][0], b = part[q][1];
                 a = fmaf(x.x, low.x, a), a = fmaf(x.y, low.y, a), a = fmaf(x.z, low.z, a), a = fmaf(x.w, low.w, a);
@@ -198,11 +164,10 @@ HT_DEVICE void hash(const RowsTask& task, HashMemory& memory) {
                 part[q][0] = a, part[q][1] = b;
             }
         }
-        HT_UNROLL(4)
-        for (int q = 0; q < kHashQueries; ++q) total[q][0] += part[q][0], total[q][1] += part[q][1];
+        HT_UNROLL(4) for (int q = 0; q < kHashQueries; ++q)
+            total[q][0] += part[q][0], total[q][1] += part[q][1];
     }
-    HT_UNROLL(4)
-    for (int q = 0; q < kHashQueries; ++q) {
+    HT_UNROLL(4) for (int q = 0; q < kHashQueries; ++q) {
         const uint32_t low = ballot(lane < task.n_planes && total[q][0] >= 0.0f);
         const uint32_t high = ballot(lane + kWarpLanes < task.n_planes && total[q][1] >= 0.0f);
         const int query = block_x() * kPanel + first + q;

@@ -5,8 +5,7 @@
 // included, where there is no GPU. Nothing in csrc/cuda uses a CUDA built-in but through this header.
 #pragma once
 
-#define HONEYTRACE_LEVEL device
-#include "core/hd.h"
+#include "cuda/level.h"
 
 #if defined(__CUDACC__)
 

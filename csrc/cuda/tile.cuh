@@ -34,14 +34,13 @@ struct TileMemory {
 template <class M>
 constexpr int kUnrolled = 8;
 template <>
-constexpr int kUnrolled<WithExponent<LpHalves>> = 1;
+constexpr int kUnrolled<LpHalves> = 1;
 template <>
-constexpr int kUnrolled<WithExponent<LpAny>> = 1;
+constexpr int kUnrolled<LpAny> = 1;
 
 // One chunk of 4 panels, from feature `first` on; zeros beyond the last panel and the last feature.
 HT_DEVICE void copy_chunk(float (*target)[kTile], const float* panels, int there, int features, int first) {
-    HT_UNROLL(2)
-    for (int turn = 0; turn < kChunk * kTile / 4 / kThreads; ++turn) {
+    HT_UNROLL(2) for (int turn = 0; turn < kChunk * kTile / 4 / kThreads; ++turn) {
         const int piece = thread_index() + turn * kThreads;
         const int panel = piece / (kChunk * kPanel / 4), rest = piece % (kChunk * kPanel / 4);
         const int d = rest / (kPanel / 4), lane = rest % (kPanel / 4) * 4;
@@ -53,8 +52,8 @@ HT_DEVICE void copy_chunk(float (*target)[kTile], const float* panels, int there
 }
 
 struct TileView {
-    const float* queries;  // its first panel
-    const float* rows;     // its first panel
+    const float* queries;          // its first panel
+    const float* rows;             // its first panel
     int query_panels, row_panels;  // that exist, at most 4
     int valid_rows;                // of the tile
 };
@@ -67,10 +66,9 @@ HT_DEVICE bool tile_sums(const M& metric, const DistanceProblem& problem, const 
     const int first_row = thread_index() % kRowThreads * kRowsOfThread;
     const int chunks = (problem.features + kChunk - 1) / kChunk;
     float part[kQueriesOfThread][kRowsOfThread];
-    HT_UNROLL(8)
-    for (int q = 0; q < kQueriesOfThread; ++q) {
-        HT_UNROLL(4)
-        for (int r = 0; r < kRowsOfThread; ++r) total[q][r] = part[q][r] = 0.0f;
+    HT_UNROLL(8) for (int q = 0; q < kQueriesOfThread; ++q) {
+        HT_UNROLL(4) for (int r = 0; r < kRowsOfThread; ++r)
+            total[q][r] = part[q][r] = 0.0f;
     }
     copy_chunk(memory.chunk.queries[0], view.queries, view.query_panels, problem.features, 0);
     copy_chunk(memory.chunk.rows[0], view.rows, view.row_panels, problem.features, 0);
@@ -93,13 +91,11 @@ HT_DEVICE bool tile_sums(const M& metric, const DistanceProblem& problem, const 
             const float query[kQueriesOfThread] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             float row[kRowsOfThread] = {four.x, four.y, four.z, four.w};
             if constexpr (M::kCosine) {
-                HT_UNROLL(4)
-                for (int r = 0; r < kRowsOfThread; ++r) row[r] *= inverse[r];
+                HT_UNROLL(4) for (int r = 0; r < kRowsOfThread; ++r)
+                    row[r] *= inverse[r];
             }
-            HT_UNROLL(8)
-            for (int q = 0; q < kQueriesOfThread; ++q) {
-                HT_UNROLL(4)
-                for (int r = 0; r < kRowsOfThread; ++r)
+            HT_UNROLL(8) for (int q = 0; q < kQueriesOfThread; ++q) {
+                HT_UNROLL(4) for (int r = 0; r < kRowsOfThread; ++r)
                     part[q][r] = metric.accumulate(Scalar(query[q]), Scalar(row[r]), Scalar(part[q][r])).value;
             }
         }
@@ -109,11 +105,9 @@ HT_DEVICE bool tile_sums(const M& metric, const DistanceProblem& problem, const 
             continue;
         }
         bool passed = !last;
-        HT_UNROLL(8)
-        for (int q = 0; q < kQueriesOfThread; ++q) {
+        HT_UNROLL(8) for (int q = 0; q < kQueriesOfThread; ++q) {
             const float bound = memory.exit_sum[first_query + q];
-            HT_UNROLL(4)
-            for (int r = 0; r < kRowsOfThread; ++r) {
+            HT_UNROLL(4) for (int r = 0; r < kRowsOfThread; ++r) {
                 total[q][r] += part[q][r];
                 part[q][r] = 0.0f;
                 passed = passed && (total[q][r] >= bound || first_row + r >= view.valid_rows);
@@ -131,22 +125,20 @@ HT_DEVICE bool tile_sums(const M& metric, const DistanceProblem& problem, const 
 
 // Distances of the tile into shared memory, those of extraordinary pairs by a second look at their features.
 template <class M>
-HT_DEVICE void tile_distances(const M& metric, const DistanceProblem& problem, const TileView& view,
-                              TileMemory& memory, int tile_query, const float (&inverse)[kRowsOfThread],
+HT_DEVICE void tile_distances(const M& metric, const DistanceProblem& problem, const TileView& view, TileMemory& memory,
+                              int tile_query, const float (&inverse)[kRowsOfThread],
                               const float (&total)[kQueriesOfThread][kRowsOfThread]) {
     const int first_query = thread_index() / kRowThreads * kQueriesOfThread;
     const int first_row = thread_index() % kRowThreads * kRowsOfThread;
     bool strange = false;
-    HT_UNROLL(8)
-    for (int q = 0; q < kQueriesOfThread; ++q) {
+    HT_UNROLL(8) for (int q = 0; q < kQueriesOfThread; ++q) {
         bool nonzero = true;
         if constexpr (M::kCosine) {
             const int query = tile_query + first_query + q;
             nonzero = query < problem.batch && (problem.state[query] & kNonzero) != 0;
         }
         float found[kRowsOfThread];
-        HT_UNROLL(4)
-        for (int r = 0; r < kRowsOfThread; ++r) {
+        HT_UNROLL(4) for (int r = 0; r < kRowsOfThread; ++r) {
             found[r] = distance_of_sum(metric, total[q][r], inverse[r], nonzero, problem.features);
             strange = strange || (found[r] == kAgain && first_row + r < view.valid_rows);
         }
@@ -204,7 +196,8 @@ tile_kernel(M metric, DistanceProblem problem) {
     view.queries = problem.query_panel(tile_query / kPanel);
     view.query_panels = min_of(kTile / kPanel, (problem.batch - tile_query + kPanel - 1) / kPanel);
 
-    for (int i = thread_index(); i < kTile * kMostKept; i += kThreads) memory.keys[i / kMostKept][i % kMostKept] = kNoKey;
+    for (int i = thread_index(); i < kTile * kMostKept; i += kThreads)
+        memory.keys[i / kMostKept][i % kMostKept] = kNoKey;
     if (thread_index() < kTile) {
         const int q = thread_index(), query = tile_query + q;
         // Rows cannot matter to a query that is not there or not finite.
@@ -224,8 +217,7 @@ tile_kernel(M metric, DistanceProblem problem) {
         float inverse[kRowsOfThread] = {1.0f, 1.0f, 1.0f, 1.0f};
         if constexpr (M::kCosine) {
             const int first_row = thread_index() % kRowThreads * kRowsOfThread;
-            HT_UNROLL(4)
-            for (int r = 0; r < kRowsOfThread; ++r) {
+            HT_UNROLL(4) for (int r = 0; r < kRowsOfThread; ++r) {
                 if (first_row + r < view.valid_rows)
                     inverse[r] = inverse_norm(problem.group_norms(group)[panel * kPanel + first_row + r]);
             }
@@ -236,8 +228,8 @@ tile_kernel(M metric, DistanceProblem problem) {
             tile_distances(metric, problem, view, memory, tile_query, inverse, total);
             sync_block();
             tile_select(metric, problem, view, memory, tile_query, group, panel * kPanel);
-        } else if (thread_index() < kTile && memory.by_limit[thread_index()]) {
-            memory.skipped[thread_index()] = 1;
+        } else if (thread_index() < kTile) {
+            memory.skipped[thread_index()] |= memory.by_limit[thread_index()] ? kLeftOut | kStopped : kStopped;
         }
         sync_block();
     }

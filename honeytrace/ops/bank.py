@@ -7,6 +7,9 @@ from torch import Tensor
 
 from honeytrace.ops.checks import check_finite, check_not_empty, check_tensor
 
+PANEL = 16
+"""Rows that the GPU kernels read side by side."""
+
 
 class Bank:
     """Rows of features of G trigger groups, checked and packed once; every op takes it in place of the raw
@@ -19,10 +22,10 @@ class Bank:
 
     Attributes:
         rows: float32 [G, M, D], contiguous.
-        packed: the rows in the compiled core's layout, float32, one dimension; None without the compiled core
-            and on other devices than the CPU.
-        norms: Euclidean norms of the rows as the core wants them, float32 [G, M rounded up to its lanes];
-            None with it.
+        packed: the rows in the layout of the device's kernels, float32, one dimension: the compiled core's on
+            the CPU (None without it), that of `pack_panels` on CUDA, None elsewhere.
+        norms: Euclidean norms of the rows as the kernels want them, float32 [G, M rounded up to 16]; None
+            with it.
         groups, size, features: G, M and D.
 
     Raises:
@@ -67,7 +70,9 @@ class Bank:
 
 
 def pack(rows: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Lay float32 rows [G, M, D] out for the compiled core; (None, None) where there is none."""
+    """Lay float32 rows [G, M, D] out for the kernels of their device; (None, None) where there are none."""
+    if rows.device.type == "cuda":
+        return pack_panels(rows)
     if rows.device.type != "cpu":
         return None, None
     try:
@@ -79,4 +84,19 @@ def pack(rows: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
     packed = source.new_empty(_C.packed_size(groups, size, features))
     norms = source.new_empty(groups, -(-size // _C.LANES) * _C.LANES)
     _C.pack_bank(source.data_ptr(), groups, size, features, packed.data_ptr(), norms.data_ptr())
+    return packed, norms
+
+
+def pack_panels(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows float32 [G, M, D] feature-major in panels of 16, as the GPU kernels read them, by torch.
+
+    Returns:
+        packed, one dimension: element d of row m lies at ((m // 16) * D + d) * 16 + m % 16 of its group, 0
+        past the last row; norms float32 [G, M rounded up to 16].
+    """
+    groups, size, width = rows.shape
+    panels = -(-size // PANEL)
+    padded = torch.nn.functional.pad(rows.detach(), (0, 0, 0, panels * PANEL - size))
+    packed = padded.view(groups, panels, PANEL, width).transpose(2, 3).contiguous().view(-1)
+    norms = torch.linalg.vector_norm(padded, dim=2, dtype=torch.float64).to(torch.float32)
     return packed, norms
