@@ -16,12 +16,13 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 TEST_PROCESSES ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install tools demo test lint bench test-gpu bench-gpu clean
+.PHONY: help install tools demo test lint evaluate bench test-gpu bench-gpu clean
 
 help:
 	@echo "make demo       protect a classifier, steal it, prove the theft (installs first)"
 	@echo "make test       all tests that need no GPU (installs first)"
 	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make evaluate   every defence against every attack (PLAN=digits-small, digits, fashion or a file)"
 	@echo "make bench      time the kernels against others"
 	@echo "make test-gpu   the tests that need a GPU"
 	@echo "make bench-gpu  the benches that need a GPU"
@@ -52,6 +53,12 @@ $(TOOLS): $(STAMP)
 
 demo: install
 	$(BIN)/honeytrace demo
+
+# Resumable: call it again after a kill. Results and report.html lie in evaluation/ (or EVALUATION=...).
+PLAN ?= digits-small
+EVALUATION ?= evaluation/$(notdir $(basename $(PLAN)))
+evaluate: tools
+	OMP_NUM_THREADS=1 $(BIN)/honeytrace evaluate $(PLAN) --directory $(EVALUATION)
 
 # Speed ratios first and alone: a second test process beside them would be in the picture.
 test: tools

@@ -311,6 +311,67 @@ def verify(
 
 
 @main.command()
+@click.argument("plan", default="digits-small", metavar="PLAN")
+@click.option(
+    "--directory", type=DIRECTORY, default=Path("evaluation"), show_default=True, help="Of results."
+)
+@click.option("--rows", help="Only rows whose name contains one of these words, comma-separated.")
+@click.option("--columns", help="Only columns and removals, likewise.")
+@click.option("--seeds", help="Only these seeds, comma-separated.")
+@click.option("--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True)
+@click.option("--address", help="With --engine ray: of a running cluster.  [default: start Ray here]")
+@click.option("--workers", type=int, help="With --engine ray: cells at once.  [default: one a core]")
+@click.option("--adopt", type=FILE, help="A cells.jsonl of an earlier run: its cells are not run again.")
+@click.option("--report-only", is_flag=True, help="Run nothing; report what is there.")
+@json_option
+@click.pass_context
+def evaluate(
+    context: click.Context,
+    plan: str,
+    directory: Path,
+    rows: str | None,
+    columns: str | None,
+    seeds: str | None,
+    engine: str,
+    address: str | None,
+    workers: int | None,
+    adopt: Path | None,
+    report_only: bool,
+    as_json: bool,
+) -> None:
+    """Run every defence against every attack and removal of PLAN, and report.
+
+    PLAN is digits-small, digits, fashion or a TOML file. What is in the directory already is not run again:
+    a run that was killed goes on where it stopped. Exit 0 when no cell failed.
+    """
+    with refusing():
+        from honeytrace import evaluation
+
+        if engine == "process" and (address is not None or workers is not None):
+            raise click.UsageError("--address and --workers need --engine ray")
+        whole = evaluation.Plan.load(plan)
+        wanted = None if seeds is None else tuple(int(seed) for seed in seeds.split(","))
+        narrow = rows is not None or columns is not None or wanted is not None
+        part = whole.narrowed(rows, columns, wanted) if narrow else whole
+        store = evaluation.Store(directory)
+        if adopt is not None:
+            click.echo(f"{store.adopt(adopt)} cells taken over from {adopt}", err=True)
+        failed = []
+        if not report_only:
+            results = evaluation.evaluate(
+                part,
+                directory,
+                engine=evaluation.in_process if engine == "process" else evaluation.on_ray(address, workers),
+                say=lambda text: click.echo(text, err=True),
+            )
+            failed = [result for result in results if result["status"] == "failed"]
+        written = evaluation.write_report(whole, [*store.all(whole.cells()), *failed], directory)
+        names = [str(path) for path in written]
+        show(as_json, {"files": names, "failed": len(failed)}, lambda: click.echo("\n".join(names)))
+    context.exit(1 if failed else 0)
+
+
+@main.command()
 @json_option
 def doctor(as_json: bool) -> None:
     """What this installation runs on, and why."""

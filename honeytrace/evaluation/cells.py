@@ -1,0 +1,351 @@
+"""`run_cell`: from the settings of one cell to its figures. A pure function; models are kept by content.
+
+world (data, seed) -> defended model (row) -> copy (column) -> copy after removal -> figures
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from honeytrace import extraction, training
+from honeytrace.baselines import DEFENCES, Defended
+from honeytrace.cache import ModelCache, digest, model_digest
+from honeytrace.data import mnist_digits
+from honeytrace.evaluation.kept import kept_defended
+from honeytrace.evaluation.names import HONEYTRACE
+from honeytrace.evaluation.plan import Cell
+from honeytrace.extraction import ATTACKS, Extraction, Recipe
+from honeytrace.ownership import Verdict, t_test, verify
+from honeytrace.ownership.verify import TriggerGroup
+from honeytrace.removal import REMOVALS
+from honeytrace.watermark import SecretKey
+from honeytrace.world import DataName, World
+
+MOST_GROUPS = 200
+"""Of a defence whose triggers are the attacker's own queries (DAWN) so many are asked."""
+
+NOT_A_WATERMARK = "not a watermark: there is nothing to claim by"
+
+
+class NotApplicable(Exception):
+    """A pair that makes no sense, with the reason for the table."""
+
+
+def run_cell(
+    cell: Cell, directory: str | os.PathLike[str], progress: training.Progress | None = None
+) -> dict[str, Any]:
+    """The figures of a cell, as plain values.
+
+    Args:
+        cell: what to run.
+        directory: trained models are kept in ``models`` below it, and shared by all cells.
+        progress: told of the long trainings.
+
+    Returns:
+        ``status`` "done" with all figures, or "not applicable" with the ``reason``; ``seconds``.
+
+    Raises:
+        MissingDataset: the data is not on this machine. Whatever attack, defence and removal raise.
+    """
+    began = time.perf_counter()
+    bench = _bench(cell.data, cell.seed, cell.precision, str(directory))
+    try:
+        found = _figures(bench, cell, progress)
+    except NotApplicable as error:
+        found = {"status": "not applicable", "reason": str(error)}
+    return {**found, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def evaluation_key(seed: int) -> SecretKey:
+    """The owner's key of a world. Known to everybody: what is evaluated is no secret."""
+    return SecretKey(hashlib.sha256(f"honeytrace evaluation {seed}".encode("ascii")).digest())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A defended model and how its copies are judged."""
+
+    model: nn.Module
+    mark: Any
+    """What `verify` takes; None where there is nothing to claim by."""
+    defended: Defended | None
+    digest: str
+    null: bool
+    """The model is bare: whatever is claimed of its copies is a false claim."""
+
+
+class _Bench:
+    """The world of one seed, and what was made in it so far in this process."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.key = world.key
+        self._rows: dict[str, _Row] = {}
+
+    def row(self, settings: dict[str, Any]) -> _Row:
+        name = repr(sorted(settings.items()))
+        if name not in self._rows:
+            self._rows[name] = self._make_row(settings)
+        return self._rows[name]
+
+    def _make_row(self, settings: dict[str, Any]) -> _Row:
+        world, own = self.world, {k: v for k, v in settings.items() if k not in ("defence", "epochs")}
+        if settings["defence"] == HONEYTRACE:
+            served = world.watermark if own.pop("flips", True) else world.watermark.without_flips()
+            if own:
+                raise ValueError(f"the row of {HONEYTRACE} knows the setting flips, got {sorted(own)}")
+            return _Row(
+                model=served.protect(world.victim),
+                mark=served,
+                defended=None,
+                digest=_names(model_digest(world.victim), served.digest()),
+                null=False,
+            )
+        defended = self._defended(settings["defence"], settings.get("epochs"), own)
+        if settings["defence"] == "none":
+            return _Row(
+                model=world.victim,
+                mark=world.watermark,
+                defended=None,
+                digest=model_digest(world.victim),
+                null=True,
+            )
+        mark = _Groups(defended.groups, world.classes, world.seed) if defended.groups else None
+        described = f"{settings['defence']} {sorted(settings.items())}"
+        return _Row(
+            model=defended.model,
+            mark=mark,
+            defended=defended,
+            digest=_names(model_digest(defended.model), described),
+            null=False,
+        )
+
+    def _defended(self, name: str, epochs: int | None, own: dict[str, Any]) -> Defended:
+        """A baseline. Those that train a model of their own leave it in the cache."""
+        world = self.world
+        settings: dict[str, Any] = {
+            "architecture": world.large,
+            "seed": world.number(40),
+            "epochs": epochs or world.settings.victim_epochs,
+            "trigger_data": world.splits.test,
+            "victim": world.victim,
+            "reference": world.reference,
+            "precision": world.precision,
+        }
+
+        def make() -> Defended:
+            with world.stage(f"defending: {name}") as report:
+                return DEFENCES[name](world.owned, **settings, progress=report, **own)
+
+        if world.cache.directory is None:
+            return make()
+        described = [
+            name,
+            world.digest,
+            world.precision,
+            settings["seed"],
+            settings["epochs"],
+            sorted(own.items()),
+        ]
+        file = f"defended-{name}-{_names(repr(described), model_digest(world.victim))[:32]}.safetensors"
+        return kept_defended(world.cache.directory / file, world.large, make)
+
+    def pool(self, settings: dict[str, Any]) -> Tensor:
+        if settings.get("pool", "in-distribution") == "in-distribution":
+            return self.world.splits.pool.inputs
+        if self.world.name != "fashion":
+            raise NotApplicable("there is no other data of this form to ask about")
+        return mnist_digits().inputs
+
+    def copy(
+        self, row: _Row, column: dict[str, Any], progress: training.Progress | None
+    ) -> tuple[nn.Module, Extraction | None]:
+        """The copy of a column; with its record unless it comes from the cache."""
+        world = self.world
+        own = {
+            k: v for k, v in column.items() if k not in ("attack", "labels", "pool", "surrogate", "epochs")
+        }
+        attack, labels, pool = ATTACKS[column["attack"]], column.get("labels", "soft"), self.pool(column)
+        surrogate = world.large if column.get("surrogate") == "victim's" else world.small
+        recipe = Recipe(
+            surrogate, column.get("epochs", world.settings.copy_epochs), precision=world.precision
+        )
+        if "pretraining" in attack.wants:
+            own["pretraining"] = self._other_task()
+        if attack.needs == "scores" and labels == "top1" and column.get("answers") == "labels":
+            raise NotApplicable("the attack needs scores")
+        record: list[Extraction] = []
+
+        def make() -> nn.Module:
+            with world.stage(f"attack: {column['attack']}") as report:
+                record.append(
+                    attack(
+                        extraction.api(row.model),
+                        pool,
+                        recipe,
+                        seed=world.number(9),
+                        labels=labels,
+                        progress=progress or report,
+                        **own,
+                    )
+                )
+            return record[0].surrogate
+
+        needs_record = row.defended is not None and row.defended.changed is not None
+        if needs_record:
+            make()
+            return record[0].surrogate, record[0]
+        copy = world.kept(
+            f"copy-{column['attack']}",
+            surrogate,
+            make,
+            asked=row.digest,
+            column=column,
+            seed=world.number(9),
+            pool=digest(pool[:64]),
+        )
+        return copy, record[0] if record else None
+
+    def _other_task(self) -> tuple[Tensor, Tensor]:
+        """A labelled task of the same form: digits for clothes; for digits, the brightest quarter."""
+        if self.world.name == "fashion":
+            return tuple(mnist_digits())  # type: ignore[return-value]
+        inputs = self.world.splits.pool.inputs
+        quarters = inputs[:, 0, :8, :8].reshape(-1, 2, 4, 2, 4).mean(dim=(2, 4)).flatten(1)
+        return inputs, quarters.argmax(1)
+
+    def removed(
+        self, copy: nn.Module, settings: dict[str, Any], progress: training.Progress | None
+    ) -> nn.Module:
+        """The copy after a removal with clean labelled samples of the attacker's pool."""
+        world = self.world
+        own = {k: v for k, v in settings.items() if k != "removal"}
+        surrogate = world.small if type(copy) is type(world.small()) else world.large
+
+        def make() -> nn.Module:
+            with world.stage(f"removal: {settings['removal']}") as report:
+                return REMOVALS[settings["removal"]](
+                    copy,
+                    world.splits.pool,
+                    seed=world.number(60),
+                    precision=world.precision,
+                    progress=progress or report,
+                    **own,
+                )
+
+        return world.kept(
+            f"removal-{settings['removal']}",
+            surrogate,
+            make,
+            copy=model_digest(copy),
+            own=own,
+            seed=world.number(60),
+        )
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """A baseline's trigger groups, as `verify` wants them."""
+
+    groups: Sequence[TriggerGroup]
+    num_classes: int
+    seed: int
+
+    def opened(self, key: Any) -> None:
+        """There is no key to open: a baseline's secrets follow from its seed."""
+
+    def verification_seed(self, key: Any) -> int:
+        """The order of the questions."""
+        return self.seed
+
+
+@lru_cache(maxsize=2)
+def _bench(data: DataName, seed: int, precision: training.Precision, directory: str) -> _Bench:
+    cache = ModelCache(Path(directory) / "models")
+    return _Bench(World(data, seed=seed, key=evaluation_key(seed), cache=cache, precision=precision))
+
+
+def _figures(bench: _Bench, cell: Cell, progress: training.Progress | None) -> dict[str, Any]:
+    world = bench.world
+    row = bench.row(cell.row_settings)
+    copy, record = bench.copy(row, cell.column_settings, progress)
+    base = training.accuracy(copy, *world.splits.test)
+    if cell.removal:
+        copy = bench.removed(copy, cell.removal_settings, progress)
+    test = world.splits.test
+    bare, served = training.accuracy(world.victim, *test), training.accuracy(row.model, *test)
+    found: dict[str, Any] = {
+        "status": "done",
+        "null": row.null,
+        "accuracy_bare": bare,
+        "accuracy_protected": served,
+        "accuracy_copy": training.accuracy(copy, *test),
+        "accuracy_copy_before_removal": base,
+        "fidelity": extraction.fidelity(copy, world.victim, test.inputs),
+    }
+    mark = row.mark
+    if row.defended is not None and row.defended.changed is not None:
+        assert record is not None
+        mark = _Groups(row.defended.changed(record.queries)[:MOST_GROUPS], world.classes, world.seed)
+    if mark is None or not mark.groups:
+        return {
+            **found,
+            "claims": None,
+            "why_no_claim": NOT_A_WATERMARK if mark is None else "no query was bent",
+        }
+    return {**found, **_ownership(copy, mark, bench.key, cell)}
+
+
+def _ownership(copy: nn.Module, mark: Any, key: SecretKey, cell: Cell) -> dict[str, Any]:
+    """Verdicts by scores and by labels, the papers' t-test, success rate and mean target probability."""
+    verdicts = {
+        answers: verify(copy, mark, key, alpha=cell.alpha, answers=answers, stop_at_claim=False)
+        for answers in ("scores", "labels")
+    }
+    groups = list(mark.groups)
+    flips = [group for group in groups if getattr(group, "mark", "flip") == "flip"]
+    learned = flips if cell.column_settings.get("labels") == "top1" and flips else groups
+    probabilities = [training.predict(copy, g.triggers).double().softmax(1) for g in learned]
+    said = np.concatenate([p[:, g.target].numpy() for p, g in zip(probabilities, learned, strict=True)])
+    expected = np.concatenate([g.reference_log_probs[:, g.target].double().exp().numpy() for g in learned])
+    hits = torch.cat([p.argmax(1) == g.target for p, g in zip(probabilities, learned, strict=True)])
+    return {
+        "claims": {answers: _told(verdict) for answers, verdict in verdicts.items()},
+        "smallest_p_value": verdicts["scores"].smallest_p_value,
+        "success_rate": float(hits.double().mean()),
+        "target_probability": float(said.mean()),
+        "target_probability_reference": float(expected.mean()),
+        "t_test_queries": t_test(said, expected).queries_to_significance if said.size > 1 else None,
+    }
+
+
+def _told(verdict: Verdict) -> dict[str, Any]:
+    asked, curve = 0, []
+    for record in verdict.groups:
+        asked += record.queries
+        curve.append([asked, record.running_e if math.isfinite(record.running_e) else None])
+    return {
+        "claim": verdict.claim,
+        "queries": verdict.queries,
+        "queries_total": asked,
+        "p_value": verdict.p_value,
+        "ranks": [record.target_rank for record in verdict.groups],
+        "candidates": [record.candidates for record in verdict.groups],
+        "curve": curve,
+    }
+
+
+def _names(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode("utf-8")).hexdigest()

@@ -1,0 +1,236 @@
+"""What an evaluation consists of: a small TOML file that names rows, columns, removals and seeds.
+
+    data = "fashion"
+    seeds = [0, 1, 2]
+    [rows.honeytrace-graded]                # a defence
+    defence = "honeytrace"
+    flips = false
+    [columns.random-soft]                   # an attack on every row
+    attack = "random"
+    [removals.fine-tune-10]                 # what is done to the copy of one column afterwards
+    removal = "fine-tune-10"
+    column = "random-soft"
+
+Every further entry of a row, column or removal is a setting of its function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import honeytrace
+from honeytrace.training import Precision
+from honeytrace.world import SETTINGS, DataName
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # the same module, before it came with Python
+
+BUILT_IN = ("digits", "digits-small", "fashion")
+"""Plans that come with the package."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One defence, one attack, perhaps one removal, one seed: what `run_cell` needs, and nothing else.
+
+    Attributes:
+        data, precision, alpha: as in the plan.
+        row, column, removal: names; removal is "" where the copy is judged as the attack left it.
+        seed: of the world, the defence, the attack and the removal.
+        row_settings, column_settings, removal_settings: the functions' names and settings, as JSON values.
+    """
+
+    data: DataName
+    precision: Precision
+    alpha: float
+    row: str
+    column: str
+    removal: str
+    seed: int
+    row_settings: dict[str, Any] = field(hash=False)
+    column_settings: dict[str, Any] = field(hash=False)
+    removal_settings: dict[str, Any] = field(hash=False)
+
+    @property
+    def digest(self) -> str:
+        """Names the cell by its content: 32 hexadecimal digits."""
+        content = asdict(self)
+        # Names are for people: a renamed column is the same cell.
+        for name in ("row", "column", "removal"):
+            del content[name]
+        described = json.dumps([honeytrace.__version__, content], sort_keys=True)
+        return hashlib.sha256(described.encode("utf-8")).hexdigest()[:32]
+
+    @property
+    def title(self) -> str:
+        """For people: row, column, removal and seed."""
+        return " / ".join(
+            [self.row, self.column, *([self.removal] if self.removal else []), f"seed {self.seed}"]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A matrix of cells.
+
+    Attributes:
+        name: of the plan.
+        data: "digits" or "fashion".
+        seeds: one world each.
+        precision: of all trainings.
+        alpha: false-claim probability of the verdicts.
+        rows, columns, removals: name -> settings, in the order of the tables.
+    """
+
+    name: str
+    data: DataName
+    seeds: tuple[int, ...]
+    precision: Precision
+    alpha: float
+    rows: Mapping[str, dict[str, Any]]
+    columns: Mapping[str, dict[str, Any]]
+    removals: Mapping[str, dict[str, Any]]
+
+    def cells(self) -> Iterator[Cell]:
+        """All cells: seeds outermost, so that a run that is cut short has whole tables of fewer seeds."""
+        for seed in self.seeds:
+            for row, row_settings in self.rows.items():
+                for column, column_settings in self.columns.items():
+                    yield self._cell(row, row_settings, column, column_settings, "", {}, seed)
+                for removal, settings in self.removals.items():
+                    rest = {name: value for name, value in settings.items() if name != "column"}
+                    column = settings["column"]
+                    yield self._cell(row, row_settings, column, self.columns[column], removal, rest, seed)
+
+    def _cell(
+        self,
+        row: str,
+        row_settings: dict[str, Any],
+        column: str,
+        column_settings: dict[str, Any],
+        removal: str,
+        removal_settings: dict[str, Any],
+        seed: int,
+    ) -> Cell:
+        return Cell(
+            data=self.data,
+            precision=self.precision,
+            alpha=self.alpha,
+            row=row,
+            column=column,
+            removal=removal,
+            seed=seed,
+            row_settings=row_settings,
+            column_settings=column_settings,
+            removal_settings=removal_settings,
+        )
+
+    def narrowed(self, rows: str | None, columns: str | None, seeds: tuple[int, ...] | None) -> Plan:
+        """The part whose row, and whose column or removal, contains one of the comma-separated words.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        kept_columns = _matching(self.columns, columns)
+        kept_removals = _matching(self.removals, columns)
+        kept_rows = _matching(self.rows, rows)
+        kept_seeds = self.seeds if seeds is None else tuple(s for s in self.seeds if s in seeds)
+        if not kept_rows or not kept_seeds or not (kept_columns or kept_removals):
+            raise ValueError(
+                f"plan {self.name} has no cell with rows={rows!r}, columns={columns!r}, seeds={seeds!r}"
+            )
+        return _Narrowed(
+            self.name,
+            self.data,
+            kept_seeds,
+            self.precision,
+            self.alpha,
+            kept_rows,
+            kept_columns,
+            kept_removals,
+            self.columns,
+        )
+
+    @classmethod
+    def load(cls, source: str | Path) -> Plan:
+        """A built-in plan by its name, or a TOML file.
+
+        Raises:
+            FileNotFoundError: there is no such file; ValueError: it is no plan, and what is wrong.
+        """
+        if str(source) in BUILT_IN:
+            text = (resources.files(__package__) / "plans" / f"{source}.toml").read_text("utf-8")
+            return cls.parse(text, str(source))
+        path = Path(source)
+        return cls.parse(path.read_text("utf-8"), path.stem)
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> Plan:
+        """Read a plan from TOML text. Raises ValueError for anything that is no plan."""
+        from honeytrace.evaluation.names import check_names
+
+        try:
+            fields = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"plan {name} is no TOML file: {error}") from None
+        known = {"data", "seeds", "precision", "alpha", "rows", "columns", "removals"}
+        if set(fields) - known:
+            raise ValueError(
+                f"plan {name}: unknown entries {sorted(set(fields) - known)}; known: {sorted(known)}"
+            )
+        for entry in ("data", "seeds", "rows", "columns"):
+            if not fields.get(entry):
+                raise ValueError(f"plan {name} must have {entry}")
+        if fields["data"] not in SETTINGS:
+            raise ValueError(
+                f"plan {name}: data must be one of {', '.join(SETTINGS)}, got {fields['data']!r}"
+            )
+        seeds = fields["seeds"]
+        if not isinstance(seeds, list) or not all(type(s) is int and 0 <= s < 2**31 for s in seeds):
+            raise ValueError(
+                f"plan {name}: seeds must be a list of integers from 0 to 2**31 - 1, got {seeds!r}"
+            )
+        precision, alpha = fields.get("precision", "float32"), fields.get("alpha", 1e-3)
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"plan {name}: precision must be float32 or bfloat16, got {precision!r}")
+        if not isinstance(alpha, float) or not 0 < alpha < 1:
+            raise ValueError(f"plan {name}: alpha must be in (0, 1), got {alpha!r}")
+        removals = fields.get("removals", {})
+        check_names(name, fields["rows"], fields["columns"], removals)
+        return cls(
+            name, fields["data"], tuple(seeds), precision, alpha, fields["rows"], fields["columns"], removals
+        )
+
+
+@dataclass(frozen=True)
+class _Narrowed(Plan):
+    """A part of a plan; removals may speak of columns that are not in it."""
+
+    all_columns: Mapping[str, dict[str, Any]]
+
+    def cells(self) -> Iterator[Cell]:
+        wanted = {**self.all_columns}
+        whole = Plan(
+            self.name, self.data, self.seeds, self.precision, self.alpha, self.rows, wanted, self.removals
+        )
+        return (cell for cell in whole.cells() if cell.removal or cell.column in self.columns)
+
+
+def _matching(entries: Mapping[str, dict[str, Any]], words: str | None) -> dict[str, dict[str, Any]]:
+    if words is None:
+        return dict(entries)
+    parts = [word.strip() for word in words.split(",") if word.strip()]
+    return {name: settings for name, settings in entries.items() if any(part in name for part in parts)}
