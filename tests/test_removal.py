@@ -10,8 +10,20 @@ from torch import Tensor, nn
 
 from honeytrace import data, models, training
 from honeytrace.data import Split
-from honeytrace.removal import REMOVALS, distill, fine_prune, fine_tune
+from honeytrace.removal import (
+    REMOVALS,
+    cleanse,
+    distill,
+    erase_mark,
+    find_patches,
+    fine_prune,
+    fine_tune,
+    repair_boundaries,
+)
 from honeytrace.removal.fine_pruning import channel_activity
+from honeytrace.removal.mark_erase import disturbed, leaning
+from honeytrace.removal.neural_cleanse import anomaly_indices
+from honeytrace.removal.wrk import boundary_samples
 
 WHOLE = data.digits()
 TEST = Split(WHOLE.test.inputs[:800], WHOLE.test.labels[:800])
@@ -109,6 +121,13 @@ def test_wrong_arguments_are_named(
         (fine_tune, {"epochs": 0}),
         (fine_prune, {"pruned": 1.0}),
         (distill, {"temperature": 0.0}),
+        (repair_boundaries, {"step": 0.0}),
+        (repair_boundaries, {"perturbed": 0.0}),
+        (erase_mark, {"noise": 0.0}),
+        (erase_mark, {"copies": 0}),
+        (erase_mark, {"suspects": 0}),
+        (cleanse, {"patched": 0.0}),
+        (cleanse, {"steps": 0}),
     ],
 )
 def test_wrong_settings_are_named(
@@ -159,3 +178,65 @@ def test_distillation_starts_afresh(marked: nn.Module, removed: Callable[[str], 
     )
     assert agree.double().mean() > 0.85
     assert success(student) < 0.5
+
+
+def test_boundary_samples_lie_nearer_to_another_class(marked: nn.Module) -> None:
+    clean = Split(CLEAN.inputs[:500], CLEAN.labels[:500])
+    moved = boundary_samples(marked, clean, step=0.15, seed=0)
+    assert (moved.labels != clean.labels).all()
+    assert (moved.inputs - clean.inputs).abs().max() <= 0.15 + 1e-6
+    assert moved.inputs.min() >= 0
+    assert moved.inputs.max() <= 1
+    sure, less = (
+        training.predict(marked, inputs).softmax(1).amax(1) for inputs in (clean.inputs, moved.inputs)
+    )
+    assert less.mean() < sure.mean()
+
+
+def test_wrk_weakens_the_mark(marked: nn.Module) -> None:
+    assert success(repair_boundaries(marked, CLEAN, seed=3, share=0.25)) < 0.6
+
+
+def test_mark_erase_weakens_the_mark(marked: nn.Module) -> None:
+    assert success(erase_mark(marked, CLEAN, seed=3, share=0.5)) < 0.5
+
+
+def test_disturbances_are_noise_and_rectangles() -> None:
+    inputs = CLEAN.inputs[:900]
+    shaken = disturbed(inputs, noise=0.3, seed=0)
+    changed = (shaken != inputs).flatten(1)
+    assert shaken.min() >= 0
+    assert shaken.max() <= 1
+    # Noise moves nearly every pixel that it does not push over an end; rectangles leave most as they are.
+    assert 200 < (changed.double().mean(1) > 0.5).sum() < 500
+    rows = torch.rand(50, 12, generator=torch.Generator().manual_seed(0))
+    assert disturbed(rows, noise=0.1, seed=0).shape == rows.shape
+
+
+def test_the_leaning_class_is_the_one_that_rises() -> None:
+    clean = torch.tensor([[0.6, 0.2, 0.2], [0.1, 0.8, 0.1]])
+    shaken = torch.tensor([[0.3, 0.3, 0.4], [0.1, 0.4, 0.5]])
+    assert leaning(clean, shaken, 1).tolist() == [2]
+    assert leaning(clean, shaken, 2).tolist() == [2, 1]
+
+
+def test_neural_cleanse_finds_the_square(marked: nn.Module) -> None:
+    found = find_patches(marked, CLEAN.inputs[:400], seed=0)
+    assert found.suspected[:1] == (TARGET,)
+    assert int(found.norms.argmin()) == TARGET
+    assert found.success[TARGET] >= 0.95
+    mask = found.masks[TARGET, 0]
+    # Most of what it covers is where the square is: 9 of 64 pixels.
+    assert mask[5:, 5:].sum() > 0.5 * mask.sum()
+    others = TEST.inputs[TEST.labels != TARGET]
+    turned = training.predict(marked, found.apply(others, TARGET)).argmax(1) == TARGET
+    assert turned.double().mean() > 0.7
+
+
+def test_neural_cleanse_removes_the_square(removed: Callable[[str], nn.Module]) -> None:
+    assert success(removed("neural-cleanse")) < 0.4
+
+
+def test_anomaly_indices_are_deviations_below_the_median() -> None:
+    norms = torch.tensor([9.0, 10.0, 11.0, 12.0, 2.0])
+    assert anomaly_indices(norms).tolist() == pytest.approx([n / 1.4826 for n in (1, 0, -1, -2, 8)])

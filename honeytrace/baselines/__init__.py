@@ -2,7 +2,9 @@
 
 from honeytrace.baselines.composite import composite
 from honeytrace.baselines.dawn import Dawn, dawn
+from honeytrace.baselines.ewe import ewe
 from honeytrace.baselines.interface import BaselineGroup, Defence, Defended
+from honeytrace.baselines.mea_defender import mea_defender
 from honeytrace.baselines.neurht import neurht_published
 from honeytrace.baselines.perturbation import Perturbed, none, reverse_sigmoid, rounding, top_k
 
@@ -10,7 +12,9 @@ DEFENCES: dict[str, Defence] = {
     "none": none,
     "neurht-published": neurht_published,
     "dawn": dawn,
+    "ewe": ewe,
     "composite": composite,
+    "mea-defender": mea_defender,
     "rounding": rounding,
     "top-k": top_k,
     "reverse-sigmoid": reverse_sigmoid,
@@ -26,6 +30,8 @@ __all__ = [
     "Perturbed",
     "composite",
     "dawn",
+    "ewe",
+    "mea_defender",
     "neurht_published",
     "none",
     "reverse_sigmoid",
