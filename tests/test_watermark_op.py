@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from tolerances import DISTANCE, GRADIENT, MIXED, SIMILARITY, assert_close
 
 from honeytrace import WatermarkRule, ops, reference
+from honeytrace.ops import registry
 
 SEED = 0xFEDC_BA98_7654_3210
 RULES = {
@@ -304,3 +307,83 @@ def test_float64_points_to_the_reference():
         args = [x.double() if i == j else x for j, x in enumerate(good)]
         with pytest.raises(TypeError, match="float64 is what honeytrace"):
             ops.watermark(*args, rule=WatermarkRule(k=1), seed=1)
+
+
+# A second call with the same bank, rule, targets and planes checks only what is new ----------------------
+
+
+def counted(monkeypatch):
+    """How often the full checks ran."""
+    module = sys.modules["honeytrace.ops.watermark"]
+    calls = []
+    before = module.check_rule
+    monkeypatch.setattr(module, "check_rule", lambda rule: calls.append(1) or before(rule))
+    return calls
+
+
+@pytest.fixture
+def served(randn):
+    q, z, b, r, planes = inputs(randn)
+    rule = WatermarkRule(k=3, offset=1.6)
+    args = [q, z, ops.Bank(b), r, planes]
+    expected = ops.watermark(*args, rule=rule, seed=SEED)
+    return args, rule, expected
+
+
+def test_a_second_call_is_checked_less_and_answers_alike(served, monkeypatch):
+    args, rule, expected = served
+    calls = counted(monkeypatch)
+    again = ops.watermark(*args, rule=rule, seed=SEED)
+    if registry.select("watermark", "cpu") == "cpp":
+        assert not calls
+    assert all(torch.equal(a, e) for a, e in zip(again, expected, strict=True))
+    with registry.force("reference"):
+        assert_close(ops.watermark(*args, rule=rule, seed=SEED).similarity, expected.similarity, SIMILARITY)
+    negated = torch._neg_view(-args[0])  # its memory holds the opposite numbers
+    assert negated.is_neg()
+    output = ops.watermark(negated, *args[1:], rule=rule, seed=SEED)
+    assert all(torch.equal(a, e) for a, e in zip(output, expected, strict=True))
+
+
+def test_a_second_call_sees_what_has_changed(served, monkeypatch):
+    args, rule, _ = served
+    q, z, bank, r, planes = args
+    calls = counted(monkeypatch)
+    for wrong, error, text in (
+        ((q[:, :-1], z), ValueError, "features must have D=30"),
+        ((q[:-1], z), ValueError, "logits must have B=12"),
+        ((q, z[:, 1:]), ValueError, "target_logits must have C=6"),
+        ((q.double(), z), TypeError, "features must have dtype"),
+        ((q, None), TypeError, "logits must be a torch.Tensor"),
+        ((q[0], z), ValueError, "features must have shape"),
+    ):
+        with pytest.raises(error, match=text):
+            ops.watermark(*wrong, bank, r, planes, rule=rule, seed=SEED)
+    with pytest.raises(TypeError, match="seed must be an int"):
+        ops.watermark(*args, rule=rule, seed="1")
+    wanting = q.clone().requires_grad_()
+    assert ops.watermark(wanting, z, bank, r, planes, rule=rule, seed=SEED).logits.requires_grad
+    assert not ops.watermark(*args, rule=rule, seed=SEED).logits.requires_grad
+    calls.clear()
+    r[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="target_logits must be finite"):
+        ops.watermark(*args, rule=rule, seed=SEED)
+    assert calls
+
+
+def test_tracers_and_profilers_still_see_the_op(served):
+    args, rule, expected = served
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.watermark(*args, rule=rule, seed=SEED)
+    assert any("honeytrace::watermark" in event.name for event in profile.events())
+    seen = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        output = ops.watermark(*args, rule=rule, seed=SEED)
+    assert "honeytrace.watermark.default" in seen
+    assert torch.equal(output.logits, expected.logits)

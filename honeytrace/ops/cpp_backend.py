@@ -24,6 +24,9 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Looked up once: attribute chains through `torch` are a measurable part of a call for one query.
 _float32, _int32, _int64, _bool = torch.float32, torch.int32, torch.int64, torch.bool
 _threads = torch.get_num_threads
+# Empty tensors like these: new_empty of plain sizes costs half of torch.empty with a dtype.
+_float = torch.empty(0, dtype=_float32, device="cpu")
+_int, _long, _flag = _float.to(_int32), _float.to(_int64), _float.to(_bool)
 
 
 def unavailable(device_type: str) -> str | None:
@@ -39,12 +42,12 @@ def unavailable(device_type: str) -> str | None:
 
 def _rows(x: Tensor) -> Tensor:
     """x [B, N] with adjacent columns; rows may be any distance apart."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(1) == 1 else x.contiguous()
 
 
 def _plain(x: Tensor) -> Tensor:
     """x as contiguous float32."""
-    return (x if x.dtype == _float32 else x.float()).contiguous()
+    return x if x.dtype == _float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def _packed(rows: Tensor, packed: Tensor | None, norms: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -83,8 +86,7 @@ def feature_distance(
     features = _rows(features)
     packed, norms = _packed(rows, packed, norms)
     (batch, width), (groups, size, _) = features.shape, rows.shape
-    distance = features.new_empty(batch, groups, dtype=_float32)
-    indices = features.new_empty(batch, groups, k, dtype=_int32)
+    distance, indices = _float.new_empty(batch, groups), _int.new_empty(batch, groups, k)
     _C.feature_distance(
         features.data_ptr(),
         _DTYPES[features.dtype],
@@ -108,7 +110,7 @@ def feature_distance(
 def sign_hash(features: Tensor, planes: Tensor) -> Tensor:
     features, planes = _rows(features), _plain(planes)
     batch, width = features.shape
-    bucket = features.new_empty(batch, dtype=_int64)
+    bucket = _long.new_empty(batch)
     _C.sign_hash(
         features.data_ptr(),
         _DTYPES[features.dtype],
@@ -135,8 +137,7 @@ def watermark_mix(
     bucket = bucket.contiguous()
     batch, classes = logits.shape
     mixed = logits.new_empty(batch, classes)
-    group = logits.new_empty(batch, dtype=_int64)
-    flipped = logits.new_empty(batch, dtype=_bool)
+    group, flipped = _long.new_empty(batch), _flag.new_empty(batch)
     _C.watermark_mix(
         logits.data_ptr(),
         _DTYPES[logits.dtype],
@@ -180,12 +181,12 @@ def watermark(
         _plain(target_logits),
         _plain(planes),
     )
-    packed, norms = _packed(rows, packed, norms)
-    (batch, width), classes, (groups, size, _) = features.shape, logits.shape[1], rows.shape
+    if packed is None or norms is None:
+        packed, norms = _packed(rows, packed, norms)
+    (batch, width), (_, classes), (groups, size, _) = features.shape, logits.shape, rows.shape
     mixed = logits.new_empty(batch, classes)
-    similarity = features.new_empty(batch, groups, dtype=_float32)
-    group = logits.new_empty(batch, dtype=_int64)
-    flipped = logits.new_empty(batch, dtype=_bool)
+    similarity = _float.new_empty(batch, groups)
+    group, flipped = _long.new_empty(batch), _flag.new_empty(batch)
     _C.watermark(
         features.data_ptr(),
         _DTYPES[features.dtype],

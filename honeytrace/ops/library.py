@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from honeytrace.ops import registry
 
@@ -63,6 +64,43 @@ def _launcher(name: str, device_type: str) -> Op:
         return implementation(*args)
 
     return launch
+
+
+def _plain_keys() -> tuple[frozenset[int], frozenset[int]]:
+    """Dispatch keys of ordinary CPU tensors, and of a thread on which no mode and no transform is active."""
+    tensors, threads = set(), set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            tensors.add(_keys_of(torch.empty(0, device="cpu")).raw_repr())
+            threads.add(_keys_of_thread().raw_repr())
+    return frozenset(tensors), frozenset(threads)
+
+
+_keys_of: Callable[[Tensor], Any] = torch._C._dispatch_keys
+_keys_of_thread: Callable[[], Any] = torch._C._dispatch_tls_local_include_set
+_PLAIN_TENSORS, _PLAIN_THREADS = _plain_keys()
+_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether torch's dispatcher would do nothing with these tensors but call the kernel on the CPU.
+
+    Not so for fake, wrapped, lazily negated and other special tensors, on other devices, under a mode
+    (FakeTensorMode), a transform (torch.func) or the profiler; not to be asked while torch.compile traces.
+    Where it is so, a small op may save itself the dispatcher, which costs more than its kernel.
+    """
+    if _keys_of_thread().raw_repr() not in _PLAIN_THREADS or _profiled():
+        return False
+    for tensor in tensors:  # noqa: SIM110 (a generator costs as much as all the rest)
+        if _keys_of(tensor).raw_repr() not in _PLAIN_TENSORS:
+            return False
+    return True
+
+
+def kernel(name: str) -> Op:
+    """What runs op `name` on the CPU now: for calls that `is_plain` lets past the dispatcher."""
+    chosen = registry.chosen_implementations.get((name, "cpu"))
+    return chosen if chosen is not None else registry.implementation(name, "cpu")
 
 
 _BelowAutograd: Callable[[], contextlib.AbstractContextManager[Any]] = getattr(

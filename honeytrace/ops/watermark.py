@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from honeytrace.ops.checks import (
 )
 from honeytrace.ops.feature_distance import bank_tensors, check_queries, distance_backward
 from honeytrace.ops.feature_distance import op as distance_op
-from honeytrace.ops.library import call, define
+from honeytrace.ops.library import call, define, is_plain, kernel
 from honeytrace.ops.reference import WatermarkOutput, check_planes, check_target_logits
 from honeytrace.ops.rule import METRICS, WatermarkRule, check_rule
 from honeytrace.ops.watermark_mix import mix_backward
@@ -59,6 +60,10 @@ def watermark(
 
     Source: Neural Honeytrace (arXiv 2501.09328), section 4, with the additions of DESIGN, section 3.
     """
+    if not torch.compiler.is_compiling():
+        quick = _quick_watermark(features, logits, bank, target_logits, planes, rule, seed)
+        if quick is not None:
+            return quick
     check_rule(rule)
     rows, packed, norms = bank_tensors(bank)
     check_queries(features, rows, rule.k)
@@ -70,6 +75,9 @@ def watermark(
     check_target_logits(target_logits, logits, rows.shape[0], "bank", KERNEL_DTYPES)
     check_tensor("planes", planes, 2, "[P, D]")
     check_planes(features, planes)
+    check_seed(seed)
+    if isinstance(bank, Bank) and not torch.compiler.is_compiling():
+        _remember(bank, rule, target_logits, planes)
     return WatermarkOutput(
         *call(
             op,
@@ -82,6 +90,101 @@ def watermark(
             rows,
             packed,
             norms,
+            target_logits,
+            planes,
+            rule.k,
+            rule.metric_code,
+            rule.exponent,
+            rule.offsets,
+            rule.scales,
+            rule.confidence_weight,
+            rule.mixing_numbers,
+            check_seed(seed),
+        )
+    )
+
+
+class _Agreed(NamedTuple):
+    """What a bank was once found to fit: checked then, in full, and alike ever since."""
+
+    bank: weakref.ref[Bank]
+    rule: WatermarkRule
+    target_logits: weakref.ref[Tensor]
+    planes: weakref.ref[Tensor]
+    versions: tuple[int, int]
+    classes: int
+
+
+# A model is served with the same bank, rule, targets and planes at every call: these are checked once.
+_agreed: dict[int, _Agreed] = {}
+_AGREED_LIMIT = 64
+
+
+def _remember(bank: Bank, rule: WatermarkRule, target_logits: Tensor, planes: Tensor) -> None:
+    if (
+        target_logits.is_inference() or planes.is_inference()
+    ):  # without a version there is no telling a change
+        return
+    if is_plain(bank.rows, target_logits, planes):
+        if len(_agreed) >= _AGREED_LIMIT:
+            _agreed.clear()
+        _agreed[id(bank)] = _Agreed(
+            weakref.ref(bank),
+            rule,
+            weakref.ref(target_logits),
+            weakref.ref(planes),
+            (target_logits._version, planes._version),
+            target_logits.shape[1],
+        )
+
+
+def _quick_watermark(
+    features: Tensor,
+    logits: Tensor,
+    bank: Bank | Tensor,
+    target_logits: Tensor,
+    planes: Tensor,
+    rule: WatermarkRule,
+    seed: int,
+) -> WatermarkOutput | None:
+    """The output where all but features and logits is as it was at an earlier call, these are as they should
+    be, and no gradient is wanted: past the dispatcher. Else None."""
+    agreed = _agreed.get(id(bank))
+    if (
+        agreed is None
+        or agreed.bank() is not bank
+        or agreed.rule is not rule
+        or agreed.target_logits() is not target_logits
+        or agreed.planes() is not planes
+        or agreed.versions != (target_logits._version, planes._version)
+        or not isinstance(features, Tensor)
+        or not isinstance(logits, Tensor)
+    ):
+        return None
+    of_features, of_logits = features.shape, logits.shape
+    if (
+        len(of_features) != 2
+        or len(of_logits) != 2
+        or of_features[0] != of_logits[0]
+        or of_features[1] != bank.features
+        or of_logits[1] != agreed.classes
+        or features.dtype not in KERNEL_DTYPES
+        or logits.dtype not in KERNEL_DTYPES
+        or not is_plain(features, logits)
+    ):
+        return None
+    rows = bank.rows
+    if torch.is_grad_enabled() and (
+        features.requires_grad or logits.requires_grad or rows.requires_grad or target_logits.requires_grad
+    ):
+        return None
+    return WatermarkOutput(
+        *kernel("watermark")(
+            features,
+            logits,
+            rows,
+            bank.packed,
+            bank.norms,
             target_logits,
             planes,
             rule.k,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from honeytrace.ops.checks import KERNEL_DTYPES, check_seed
-from honeytrace.ops.library import call, define
+from honeytrace.ops.library import call, define, is_plain, kernel
 from honeytrace.ops.reference import check_mix
 from honeytrace.ops.rule import WatermarkRule, check_rule
 
@@ -51,6 +51,15 @@ def watermark_mix(
     check_mix(logits, similarity, target_logits, bucket, KERNEL_DTYPES)
     check_rule(rule)
     wants_gradient = logits.requires_grad or similarity.requires_grad or target_logits.requires_grad
+    if (
+        not torch.compiler.is_compiling()
+        and not (wants_gradient and torch.is_grad_enabled())
+        and is_plain(logits, similarity, target_logits, bucket)
+    ):
+        mixed: tuple[Tensor, Tensor, Tensor] = kernel("watermark_mix")(
+            logits, similarity, target_logits, bucket, rule.mixing_numbers, check_seed(seed)
+        )
+        return mixed
     outputs: tuple[Tensor, Tensor, Tensor] = call(
         op, wants_gradient, logits, similarity, target_logits, bucket, rule.mixing_numbers, check_seed(seed)
     )
