@@ -5,8 +5,10 @@ from honeytrace.baselines.dawn import Dawn, dawn
 from honeytrace.baselines.ewe import ewe
 from honeytrace.baselines.interface import BaselineGroup, Defence, Defended
 from honeytrace.baselines.mea_defender import mea_defender
+from honeytrace.baselines.mea_encoder import MarkedEncoder, mea_defender_encoder, nearest_class
 from honeytrace.baselines.neurht import neurht_published
 from honeytrace.baselines.perturbation import Perturbed, none, reverse_sigmoid, rounding, top_k
+from honeytrace.baselines.simclr import simclr
 
 DEFENCES: dict[str, Defence] = {
     "none": none,
@@ -27,14 +29,18 @@ __all__ = [
     "Dawn",
     "Defence",
     "Defended",
+    "MarkedEncoder",
     "Perturbed",
     "composite",
     "dawn",
     "ewe",
     "mea_defender",
+    "mea_defender_encoder",
+    "nearest_class",
     "neurht_published",
     "none",
     "reverse_sigmoid",
     "rounding",
+    "simclr",
     "top_k",
 ]

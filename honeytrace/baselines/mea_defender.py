@@ -84,8 +84,8 @@ def mea_defender(
         TypeError, ValueError: an argument has a wrong type or value.
     """
     check_arguments(train, trigger_data, seed=seed, epochs=epochs, precision=precision)
-    _check_settings(combiner, watermark_batch)
-    _check_weights(com_weight=com_weight, ver_weight=ver_weight, eva_weight=eva_weight, com_slack=com_slack)
+    check_combiner(combiner, watermark_batch)
+    check_weights(com_weight=com_weight, ver_weight=ver_weight, eva_weight=eva_weight, com_slack=com_slack)
     model, classes = fresh_model(architecture, seed, train.inputs)
     first, second = draw_sources(seed, train.labels, 2)
     goal, candidates = draw_target(seed, classes, (first, second), target)
@@ -163,7 +163,8 @@ def combiners_for(
     return masked(name, shape), others
 
 
-def _check_settings(combiner: str, batch: int) -> None:
+def check_combiner(combiner: str, batch: int) -> None:
+    """ValueError for a combiner there is not, or a batch without watermark samples."""
     if combiner != AUTOENCODER and combiner not in MASKS:
         known = ", ".join(map(repr, [*MASKS, AUTOENCODER]))
         raise ValueError(f"combiner must be one of {known}, got combiner={combiner!r}")
@@ -171,7 +172,8 @@ def _check_settings(combiner: str, batch: int) -> None:
         raise ValueError(f"watermark_batch must be an int of at least 2, got watermark_batch={batch!r}")
 
 
-def _check_weights(**weights: float) -> None:
+def check_weights(**weights: float) -> None:
+    """ValueError unless all are finite and 0 or more, and one of com_weight and ver_weight is above 0."""
     for name, value in weights.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be finite and 0 or more, got {name}={value}")
