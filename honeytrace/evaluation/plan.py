@@ -20,7 +20,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Cell:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A matrix of cells.
 
@@ -93,6 +93,7 @@ class Plan:
         precision: of all trainings.
         alpha: false-claim probability of the verdicts.
         rows, columns, removals: name -> settings, in the order of the tables.
+        attacks: all columns that removals may speak of, also those that are not run themselves.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Plan:
     rows: Mapping[str, dict[str, Any]]
     columns: Mapping[str, dict[str, Any]]
     removals: Mapping[str, dict[str, Any]]
+    attacks: Mapping[str, dict[str, Any]]
 
     def cells(self) -> Iterator[Cell]:
         """All cells: seeds outermost, so that a run that is cut short has whole tables of fewer seeds."""
@@ -113,7 +115,7 @@ class Plan:
                 for removal, settings in self.removals.items():
                     rest = {name: value for name, value in settings.items() if name != "column"}
                     column = settings["column"]
-                    yield self._cell(row, row_settings, column, self.columns[column], removal, rest, seed)
+                    yield self._cell(row, row_settings, column, self.attacks[column], removal, rest, seed)
 
     def _cell(
         self,
@@ -152,17 +154,7 @@ class Plan:
             raise ValueError(
                 f"plan {self.name} has no cell with rows={rows!r}, columns={columns!r}, seeds={seeds!r}"
             )
-        return _Narrowed(
-            self.name,
-            self.data,
-            kept_seeds,
-            self.precision,
-            self.alpha,
-            kept_rows,
-            kept_columns,
-            kept_removals,
-            self.columns,
-        )
+        return replace(self, rows=kept_rows, columns=kept_columns, removals=kept_removals, seeds=kept_seeds)
 
     @classmethod
     def load(cls, source: str | Path) -> Plan:
@@ -211,22 +203,16 @@ class Plan:
         removals = fields.get("removals", {})
         check_names(name, fields["rows"], fields["columns"], removals)
         return cls(
-            name, fields["data"], tuple(seeds), precision, alpha, fields["rows"], fields["columns"], removals
+            name=name,
+            data=fields["data"],
+            seeds=tuple(seeds),
+            precision=precision,
+            alpha=alpha,
+            rows=fields["rows"],
+            columns=fields["columns"],
+            removals=removals,
+            attacks=fields["columns"],
         )
-
-
-@dataclass(frozen=True)
-class _Narrowed(Plan):
-    """A part of a plan; removals may speak of columns that are not in it."""
-
-    all_columns: Mapping[str, dict[str, Any]]
-
-    def cells(self) -> Iterator[Cell]:
-        wanted = {**self.all_columns}
-        whole = Plan(
-            self.name, self.data, self.seeds, self.precision, self.alpha, self.rows, wanted, self.removals
-        )
-        return (cell for cell in whole.cells() if cell.removal or cell.column in self.columns)
 
 
 def _matching(entries: Mapping[str, dict[str, Any]], words: str | None) -> dict[str, dict[str, Any]]:
