@@ -218,7 +218,7 @@ HT_DEVICE void emit(const DistanceProblem& problem, int query, int group, uint64
 // Joins the parts of a quad of queries, a warp for each; where the limits left a mean open, the block goes through the
 // group again without them. Grid: quads of queries, groups.
 template <class M>
-HT_KERNEL(kThreads, 4)
+HT_KERNEL(kThreads, 3)
 merge_kernel(M metric, DistanceProblem problem) {
     FewMemory& memory = *reinterpret_cast<FewMemory*>(shared_memory());
     const int quad = block_x(), group = block_y(), lane = lane_index();

@@ -38,6 +38,13 @@ constexpr int kUnrolled<LpHalves> = 1;
 template <>
 constexpr int kUnrolled<LpAny> = 1;
 
+// Blocks that a multiprocessor must hold, which bounds the registers: 128 of a thread for 4 blocks, 168 for 3, where
+// 128 would not do without spills.
+template <class M>
+constexpr int kTileBlocks = 4;
+template <>
+constexpr int kTileBlocks<LpAny> = 3;
+
 // One chunk of 4 panels, from feature `first` on; zeros beyond the last panel and the last feature.
 HT_DEVICE void copy_chunk(float (*target)[kTile], const float* panels, int there, int features, int first) {
     HT_UNROLL(2) for (int turn = 0; turn < kChunk * kTile / 4 / kThreads; ++turn) {
@@ -187,7 +194,7 @@ HT_DEVICE void tile_select(const M& metric, const DistanceProblem& problem, cons
 
 // Grid: tiles of queries, parts of the bank, groups.
 template <class M>
-HT_KERNEL(kThreads, 4)
+HT_KERNEL(kThreads, kTileBlocks<M>)
 tile_kernel(M metric, DistanceProblem problem) {
     TileMemory& memory = *reinterpret_cast<TileMemory*>(shared_memory());
     const int tile_query = block_x() * kTile, part = block_y(), group = block_z();
