@@ -17,6 +17,8 @@ from honeytrace.baselines.combiners import MASKS, autoencoder_blend, draw_pairs,
 from honeytrace.baselines.ewe import soft_nearest_neighbour
 from honeytrace.baselines.interface import draw_target
 from honeytrace.data import Split
+from honeytrace.ownership import verify
+from honeytrace.ownership.verify import TriggerGroup
 
 WHOLE = data.digits()
 TRAIN = Split(WHOLE.train.inputs[:4000], WHOLE.train.labels[:4000])
@@ -238,6 +240,44 @@ def test_dawn_names_the_queries_it_changed(victim: nn.Module, made: Callable[[st
             training.predict(answer.model, queries).argmax(1) != training.predict(victim, queries).argmax(1)
         ).sum()
     )
+
+
+class Opened:
+    """The groups of a baseline as `verify` takes them."""
+
+    num_classes = 10
+
+    def __init__(self, groups: tuple[TriggerGroup, ...]) -> None:
+        self.groups = groups
+
+    def opened(self, key: object) -> None:
+        return None
+
+    def verification_seed(self, key: object) -> int:
+        return 0
+
+
+def test_dawn_proves_a_copy_by_the_queries_it_sent(victim: nn.Module) -> None:
+    made = defended("dawn", victim, share=0.05)
+    assert made.changed is not None
+    queries = WHOLE.pool.inputs[:1500]
+    copy = training.seeded(net, 9)
+    training.fit(copy, queries, training.predict(made.model, queries).argmax(1), epochs=25, seed=9)
+    groups = made.changed(queries)
+    assert verify(copy, Opened(groups), None).claim
+    innocent = training.seeded(net, 10)
+    training.fit(innocent, queries, training.predict(victim, queries).argmax(1), epochs=25, seed=9)
+    assert not verify(innocent, Opened(groups), None).claim
+    # It was never told about other queries that would be changed.
+    assert not verify(copy, Opened(made.groups), None).claim
+
+
+def test_the_rank_test_takes_every_watermark(made: Callable[[str], Defended]) -> None:
+    for name in WATERMARKS:
+        verdict = verify(made(name).model, Opened(made(name).groups[:4]), None, alpha=0.2)
+        assert verdict.queries > 0
+        if name in TRAINED:  # one group: its target first of 8 or 9 candidates
+            assert verdict.p_value == pytest.approx(1 / len(made(name).groups[0].candidates))
 
 
 def test_dawn_keeps_its_key(victim: nn.Module, made: Callable[[str], Defended]) -> None:
