@@ -37,7 +37,7 @@ L1, L2, LP, COSINE = 0, 1, 2, 3
 """Codes of the metrics, as in `honeytrace.ops.rule.METRICS`."""
 
 LANES = 16
-"""Rows of a panel, as `honeytrace._C.LANES`: element d of row m lies at ((m // 16) * D + d) * 16 + m % 16."""
+"""Rows of a panel: element d of row m lies at ((m // 16) * D + d) * 16 + m % 16 (ops/bank.py lays it out)."""
 
 SLICE = 64
 """Features that are summed in one go before their sum joins the total."""
@@ -391,8 +391,9 @@ def _empty_keys(BLOCK_Q: tl.constexpr, SLOTS: tl.constexpr, k: tl.tensor) -> tl.
 def _insert(best: tl.tensor, keys: tl.tensor) -> tl.tensor:
     """The k smallest of best [SLOTS, BQ] and keys [BM, BQ]; one turn for each key that makes it in anywhere.
 
-    Queries lie along the last dimension, where Triton puts neighbouring threads: a thread then has most of
-    the keys of its query to itself, and the minimum costs it comparisons rather than shuffles.
+    A turn costs reductions over the first dimension: comparisons among the keys that a thread holds, then
+    shuffles between the lanes and, through shared memory, the warps that share a query (resources.py counts
+    them). Most tiles after the first take no turn, or one or two.
     """
     worst = tl.max(best, axis=0)
     nearest = tl.min(keys, axis=0)
@@ -616,6 +617,37 @@ def candidates_kernel(
     tl.store(target, best, mask=inside[None, :])
 
 
+@jit
+def _direct_distances(
+    q_tile: tl.tensor,
+    q_norm: tl.tensor,
+    b_group: tl.tensor,
+    norms: tl.tensor,
+    row: tl.tensor,
+    usable: tl.tensor,
+    width: tl.tensor,
+    METRIC: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tl.tensor:
+    """Distances [1, N] of one query to the rows [N] of a group that lies row by row, by l2 or cosine."""
+    return _distances(
+        q_tile,
+        (b_group + row.to(tl.int64) * width)[None, :],
+        q_norm,
+        tl.load(norms + row)[None, :],
+        usable[None, :],
+        width,
+        1.0,
+        1.0,
+        0.0,
+        1,
+        METRIC,
+        0,
+        True,
+        UNROLL,
+    )
+
+
 @jit_unspecialized("batch", "parts", "k", "slack")
 def rescore_kernel(
     q_ptr: tl.tensor,
@@ -665,22 +697,7 @@ def rescore_kernel(
     q_norm = tl.load(q_norm_ptr + one)
     b_group = rows_ptr + group * rows * width
     norms = norm_ptr + group * ((rows + _LANES - 1) // _LANES) * _LANES
-    distance = _distances(
-        q_tile,
-        (b_group + row.to(tl.int64) * width)[None, :],
-        q_norm,
-        tl.load(norms + row)[None, :],
-        used[None, :],
-        width,
-        1.0,
-        1.0,
-        0.0,
-        1,
-        METRIC,
-        0,
-        True,
-        UNROLL,
-    )
+    distance = _direct_distances(q_tile, q_norm, b_group, norms, row, used, width, METRIC, UNROLL)
     exact = tl.where(used, tl.reshape(_key(distance, row[None, :]), [KEYS]), _NO_KEY)
     last = _emit(exact, finite, flat, distance_ptr, index_ptr, above_ptr, k, 0, k)
     squared = 2.0 * last if METRIC == _COSINE else last * last * (width * 1.0)
@@ -692,22 +709,7 @@ def rescore_kernel(
             all_rows = start + offset
             inside = all_rows < rows
             row = tl.where(inside, all_rows, 0)
-            distance = _distances(
-                q_tile,
-                (b_group + row.to(tl.int64) * width)[None, :],
-                q_norm,
-                tl.load(norms + row)[None, :],
-                inside[None, :],
-                width,
-                1.0,
-                1.0,
-                0.0,
-                1,
-                METRIC,
-                0,
-                True,
-                UNROLL,
-            )
+            distance = _direct_distances(q_tile, q_norm, b_group, norms, row, inside, width, METRIC, UNROLL)
             more = tl.where(inside[:, None], _key(tl.trans(distance), row[:, None]), _NO_KEY)
             best = _insert(best, more)
         best = tl.reshape(best, [SLOTS])
@@ -754,17 +756,6 @@ def prepare(features: Tensor, unit: bool) -> Queries:
     return Queries(packed, norms, finite)
 
 
-def pack_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [G, M, D] in the layout of the compiled core, by torch: packed (one dimension) and norms [G,
-    Mp]."""
-    groups, size, width = rows.shape
-    panels = cdiv(size, LANES)
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, panels * LANES - size))
-    packed = padded.view(groups, panels, LANES, width).transpose(2, 3).contiguous().view(-1)
-    norms = torch.linalg.vector_norm(padded, dim=2, dtype=torch.float64).to(torch.float32)
-    return packed, norms
-
-
 def _halves(metric: int, p: float) -> tuple[int, int]:
     """Metric and HALVES: lp with p = 1 or 2 is another metric, and p that products reach needs no
     logarithm."""
@@ -807,8 +798,8 @@ def dot_error(width: int) -> float:
 def feature_distance(
     features: Tensor,
     rows: Tensor,
-    packed: Tensor | None,
-    norms: Tensor | None,
+    packed: Tensor,
+    norms: Tensor,
     k: int,
     metric: int,
     p: float,
@@ -824,7 +815,7 @@ def feature_distance(
     Args:
         features: [B, D] float32, float16 or bfloat16 with adjacent columns.
         rows: [G, M, D] float32, contiguous, finite.
-        packed, norms: as `pack_rows` gives them, or None.
+        packed, norms: of the rows, as `honeytrace.ops.bank.pack_panels` gives them.
         k, metric, p: as the op's schema.
         path: "few", "tile" or "dot" instead of the one `choose_path` takes ("dot": l2 and cosine, small k).
         config, parts: tile sizes and parts of the bank instead of those of `configs`.
@@ -841,8 +832,6 @@ def feature_distance(
     index = features.new_empty((batch, groups, k), dtype=torch.int32)
     if batch == 0:
         return distance, index
-    if packed is None or norms is None:
-        packed, norms = pack_rows(rows)
     metric, halves = _halves(metric, p)
     # One query at a time is what the interpreter is slowest at; the tests ask for the other paths by name.
     path = path or ("tile" if INTERPRETED else choose_path(metric, batch, size, k))

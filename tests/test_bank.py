@@ -5,6 +5,7 @@ import torch
 
 from honeytrace import ops
 from honeytrace.ops import registry
+from honeytrace.ops.bank import pack_panels
 
 
 def test_holds_float32_rows_and_sizes(randn):
@@ -39,6 +40,29 @@ def test_packed_layout(randn):
         in_order = rows[:, m].gather(1, order.long())
         assert torch.equal(panels[:, m // core.LANES, :, m % core.LANES], in_order)
     assert torch.allclose(bank.norms[:, :19], rows.norm(dim=-1), rtol=1e-6)
+
+
+def test_rows_changed_in_place_are_laid_out_again(randn):
+    q, bank = randn(2, 5), ops.Bank(randn(2, 19, 5))
+    packed = bank.packed
+    assert bank.packed is packed
+    other = randn(2, 19, 5)
+    bank.rows.copy_(other)
+    assert torch.equal(ops.feature_distance(q, bank), ops.feature_distance(q, ops.Bank(other)))
+    assert torch.equal(bank.norms, ops.Bank(other).norms)
+    with torch.inference_mode():
+        assert torch.equal(ops.feature_distance(q, ops.Bank(other)), ops.feature_distance(q, bank))
+
+
+def test_panels_of_the_gpu_kernels(randn):
+    rows = randn(2, 19, 5)
+    packed, norms = pack_panels(rows)
+    panels = packed.view(2, 2, 5, 16)
+    for m in range(19):
+        assert torch.equal(panels[:, m // 16, :, m % 16], rows[:, m])
+    assert not panels[:, 1, :, 3:].any()
+    assert torch.allclose(norms[:, :19], rows.norm(dim=-1), rtol=1e-6)
+    assert not norms[:, 19:].any()
 
 
 def test_repr_shows_sizes_and_no_values(randn):

@@ -25,7 +25,7 @@ class Bank:
         packed: the rows in the layout of the device's kernels, float32, one dimension: the compiled core's on
             the CPU (None without it), that of `pack_panels` on CUDA, None elsewhere.
         norms: Euclidean norms of the rows as the kernels want them, float32 [G, M rounded up to 16]; None
-            with it.
+            with it. Both are made once, and again only after `rows` was changed in place.
         groups, size, features: G, M and D.
 
     Raises:
@@ -44,9 +44,34 @@ class Bank:
     def _hold(self, rows: Tensor) -> None:
         self.rows = rows
         self.groups, self.size, self.features = rows.shape
-        self.packed: Tensor | None
-        self.norms: Tensor | None
-        self.packed, self.norms = pack(rows)
+        self._packed: Tensor | None
+        self._norms: Tensor | None
+        self._version: int | None
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self._packed, self._norms = pack(self.rows)
+        # An inference tensor has no version counter: a change of it in place goes unseen.
+        self._version = None if self.rows.is_inference() else self.rows._version
+
+    def _renew(self) -> None:
+        """Lay the rows out again if they were changed in place; a program that torch traces does not look."""
+        if (
+            self._version is not None
+            and not torch.compiler.is_compiling()
+            and self.rows._version != self._version
+        ):
+            self._lay_out()
+
+    @property
+    def packed(self) -> Tensor | None:
+        self._renew()
+        return self._packed
+
+    @property
+    def norms(self) -> Tensor | None:
+        self._renew()
+        return self._norms
 
     def to(self, device: torch.device | str) -> Bank:
         """The bank on `device`; itself if it is there already."""

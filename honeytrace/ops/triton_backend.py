@@ -28,6 +28,7 @@ from honeytrace.kernels import feature_distance as distance_kernels
 from honeytrace.kernels import sign_hash as hash_kernels
 from honeytrace.kernels import watermark_mix as mix_kernels
 from honeytrace.kernels.language import INTERPRETED
+from honeytrace.ops.bank import pack_panels
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,11 +78,9 @@ def _plain(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous().resolve_neg()
 
 
-def _panels(
-    rows: Tensor, packed: Tensor | None, norms: Tensor | None
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The packed bank; on the CPU it is in the compiled core's order of features, which is not read here."""
-    return (packed, norms) if rows.is_cuda and packed is not None and norms is not None else (None, None)
+def _panels(rows: Tensor, packed: Tensor | None, norms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The bank in panels of 16 rows. On the CPU it is laid out for the compiled core, in other panels."""
+    return pack_panels(rows) if packed is None or norms is None or not rows.is_cuda else (packed, norms)
 
 
 @functools.cache
