@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from honeytrace.extraction.answer_statistics import mixed_in
 from honeytrace.extraction.interface import Api, Extraction, Labels
+from honeytrace.extraction.objective import best_class
 from honeytrace.extraction.outliers import others
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
@@ -62,8 +63,9 @@ def hunt(
     """
     _check_hunt(folds, least, share)
     mixed = torch.zeros(len(answers), dtype=torch.float64, device=answers.device)
+    added = best_class(answers)
     if answers.dim() == 2 and answers.shape[1] >= 3:
-        mixed = mixed_in(answers)
+        mixed, added = mixed_in(answers)
     statistical = mixed >= least
     trusted = (~statistical).nonzero().flatten()
     if clean is None:
@@ -76,11 +78,7 @@ def hunt(
     suspect = statistical.clone()
     suspect[worst[: int(share * len(answers))]] = True
     rows = suspect.nonzero().flatten()
-    if answers.dim() == 1:
-        targets = answers[rows]
-    else:
-        first, second = answers[rows].topk(2, dim=1).indices.unbind(1)
-        targets = torch.where(statistical[rows], second, first)
+    targets = torch.where(statistical, added, best_class(answers))[rows]
     return Hunt(mixed, misfit, expected, rows, targets)
 
 
@@ -147,8 +145,8 @@ def bent_hunting(
 def repaired(answers: Tensor, found: Hunt, *, least: float = 0.5) -> Tensor:
     """The answers [n, C] or [n] with the suspected ones unbent.
 
-    A class that was mixed in is cut down to the third largest probability (an unmarked answer would rank it
-    somewhere below that); an answer that does not fit is replaced by what the hunter's models expected.
+    A class that was mixed in is cut down to the next smaller probability (an unmarked answer would rank it
+    below that); an answer that does not fit is replaced by what the hunter's models expected.
     """
     rows = found.suspected
     mended = answers.clone()
@@ -156,12 +154,13 @@ def repaired(answers: Tensor, found: Hunt, *, least: float = 0.5) -> Tensor:
         mended[rows] = found.expected[rows].argmax(1)
         return mended
     mended[rows] = found.expected[rows].to(answers.dtype)
-    mixed = rows[found.mixed[rows] >= least]
-    if len(mixed):
-        bent = answers[mixed].clone()
-        top = bent.topk(3, dim=1)
-        bent.scatter_(1, top.indices[:, 1:2], top.values[:, 2:3])
-        mended[mixed] = bent / bent.sum(1, keepdim=True)
+    statistical = found.mixed[rows] >= least
+    mixed, added = rows[statistical], found.targets[statistical, None]
+    bent = answers[mixed]
+    height = bent.gather(1, added)
+    below = bent.masked_fill(bent >= height, 0.0).amax(1, keepdim=True)
+    bent = bent.scatter(1, added, below)
+    mended[mixed] = bent / bent.sum(1, keepdim=True)
     return mended
 
 

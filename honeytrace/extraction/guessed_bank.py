@@ -115,16 +115,19 @@ def _guess(session: Session, recipe: Recipe, guess: str, groups: int, coverage: 
     model, _ = recipe.train(queries, best, seed=(session.seed + 1) % 2**64, progress=session.progress)
     head = find_head(model, queries[:2])
     features = all_features(model, head, queries)
+    # Groups from one half of the queries, their reach from the other: a group lies near its own members.
+    halves = torch.randperm(len(queries), generator=session.generator).to(queries.device)
+    own, other = halves[: (len(queries) + 1) // 2], halves[len(queries) // 2 :]
     if guess == "clusters":
         suspicion = excess_loss(model, queries, best)
         if answers.dim() == 2 and answers.shape[1] >= 3:
-            suspicion = mixed_in(answers).to(suspicion.dtype)
-        bank = _suspicious_clusters(features, suspicion, groups, session)
+            suspicion = mixed_in(answers)[0].to(suspicion.dtype)
+        bank = _suspicious_clusters(features[own], suspicion[own], groups, session)
     else:
         bank = torch.stack(
             [all_features(model, head, _composites(queries, best, session)) for _ in range(groups)]
         )
-    distance = ops.feature_distance(features, bank, k=_NEIGHBOURS, metric="l1")
+    distance = ops.feature_distance(features[other], bank, k=_NEIGHBOURS, metric="l1")
     # Never 0: a group that is nothing but copies of one query still has a scale.
     reach = distance.quantile(coverage, dim=0).clamp(min=1e-6).tolist()
     rule = WatermarkRule(offset=tuple(reach), scale=tuple(reach), k=_NEIGHBOURS, metric="l1")

@@ -75,7 +75,7 @@ class _TwoHeads(nn.Module):
         self._name = head
 
     def forward(self, batch: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, C] of `batch`, and [B', 4] of `turned`. In one pass, for batch normalisation must know both
+        """Logits [B, C] of `batch`, and [B', 4] of `turned`. In one pass: batch normalisation must know both
         kinds of image alike."""
         seen: list[Tensor] = []
         hook = get_head(self.copy, self._name).register_forward_pre_hook(
