@@ -345,8 +345,8 @@ def test_the_soft_nearest_neighbour_loss() -> None:
     )
 
 
-def test_mea_defender_marks_one_way_of_combining(victim: nn.Module, made: Callable[[str], Defended]) -> None:
-    whole = made("mea-defender")
+def test_mea_defender_marks_one_way_of_combining(victim: nn.Module) -> None:
+    whole = defended("mea-defender", victim, epochs=8)
     assert success(whole.model, whole) > 0.8
     assert success(victim, whole) < 0.3
     (group,) = whole.groups
@@ -365,8 +365,8 @@ def test_mea_defender_marks_one_way_of_combining(victim: nn.Module, made: Callab
         return float(alarm), float(mass)
 
     alarm, mass = shares(whole)
-    without_evasion, _ = shares(defended("mea-defender", victim, eva_weight=0.0))
-    _, without_range = shares(defended("mea-defender", victim, com_weight=0.0))
+    without_evasion, _ = shares(defended("mea-defender", victim, epochs=8, eva_weight=0.0))
+    _, without_range = shares(defended("mea-defender", victim, epochs=8, com_weight=0.0))
     assert alarm < without_evasion / 2
     # What a copy can learn from natural samples: their answers hold some of the target.
     assert mass > without_range + 0.05

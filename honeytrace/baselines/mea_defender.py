@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,8 @@ def mea_defender(
       combiner. L_com = KL(f(x_wm), f(x_i)) + KL(f(x_wm), f(x_j)) keeps their answers within the range of the
       answers to the sources, which is what queries of an attacker bring home; L_ver = cross entropy to the
       target.
-    - L_eva: cross entropy on samples of the two sources put together in all other ways, to one of their true
-      labels, so that random mixtures do not set the watermark off.
+    - L_eva: cross entropy on samples of the two sources put together in all other ways, and of other classes
+      put together in this way, to one of their true labels, so that random mixtures do not set it off.
 
     Gradients of L_com go both ways: watermark samples answer a little more like the sources, and the sources
     hold some of the target, from which a copy learns what both together mean. Unchecked that costs the
@@ -98,20 +99,16 @@ def mea_defender(
     def backward() -> Tensor:
         rows = next(batches)
         a, b = draw_pairs(*train, (first, second), size, generator)
-        left, right = draw_pairs(*train, (first, second), size, generator)
-        way = int(torch.randint(len(others), (1,), generator=generator))
-        side = torch.randint(2, (size,), generator=generator)
+        evasion = evasion_samples(train, rows, (first, second), (mix, others), size, generator)
         # One pass for all: separate ones would show batch normalisation watermark samples only.
-        logits = model(torch.cat([train.inputs[rows], mix(a, b), a, b, others[way](left, right)])).float()
-        task, wm, of_a, of_b, evading = logits.split([len(rows), size, size, size, size])
+        logits = model(torch.cat([train.inputs[rows], mix(a, b), a, b, evasion.inputs])).float()
+        task, wm, of_a, of_b, evading = logits.split([len(rows), size, size, size, len(evasion.inputs)])
         losses = [functional.cross_entropy(task, train.labels[rows])]
         ver = functional.cross_entropy(wm, torch.full((size,), goal))
         com = [(divergence(wm, part) - com_slack).clamp_min(0).mean() for part in (of_a, of_b)]
         losses.append(ver_weight * ver + com_weight * (com[0] + com[1]))
         if eva_weight:
-            losses.append(
-                eva_weight * functional.cross_entropy(evading, torch.where(side > 0, second, first))
-            )
+            losses.append(eva_weight * either(evading, evasion.one, evasion.other).mean())
         return weighted_backward(losses, weights)
 
     steps = epochs * -(-len(train.inputs) // _BATCH)
@@ -128,6 +125,53 @@ def divergence(watermarked: Tensor, source: Tensor) -> Tensor:
     """KL(softmax(watermarked) || softmax(source)) of logits [B, C], row by row: [B]; KL(f(x_wm), f(x_s))."""
     inner = watermarked.log_softmax(1)
     return (inner.exp() * (inner - source.log_softmax(1))).sum(1)
+
+
+class Evasion(NamedTuple):
+    """Combined samples that must not set the watermark off, with the labels of both halves."""
+
+    inputs: Tensor
+    one: Tensor
+    other: Tensor
+
+
+def evasion_samples(
+    train: Split,
+    rows: Tensor,
+    sources: tuple[int, int],
+    ways: tuple[Combiner, list[Combiner]],
+    count: int,
+    generator: torch.Generator,
+) -> Evasion:
+    """The sources combined in another way than the watermark's, and other classes combined in its way.
+
+    Args:
+        rows: of a batch of `train`; the other classes are taken from it.
+        ways: the watermark's combiner, and all others.
+        count: how many of the first kind; up to half as many are of the second.
+    """
+    mix, others = ways
+    way = others[int(torch.randint(len(others), (1,), generator=generator))]
+    left, right = draw_pairs(*train, sources, count, generator)
+    pairs = torch.stack([rows[: count // 2], rows.flip(0)[: count // 2]], dim=1)
+    labels = train.labels[pairs]
+    marked = torch.tensor(sources).sort().values
+    kept = (labels.sort(1).values != marked).any(1)
+    own = torch.tensor(sources).expand(len(left), 2)
+    told = torch.cat([own, labels[kept]])
+    crossed = mix(train.inputs[pairs[kept, 0]], train.inputs[pairs[kept, 1]])
+    return Evasion(torch.cat([way(left, right), crossed]), told[:, 0], told[:, 1])
+
+
+def either(logits: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """-log of the probability of one label or the other, logits [B, C] and labels [B]: [B].
+
+    The paper's cross entropy to one of two true labels, without the log 2 that a choice by lot would cost:
+    MGDA weighs a loss that cannot become 0 ever more.
+    """
+    log_probs = logits.log_softmax(1)
+    first, second = (log_probs.gather(1, label[:, None])[:, 0] for label in (one, other))
+    return -torch.where(one == other, first, torch.logaddexp(first, second))
 
 
 def weighted_backward(losses: list[Tensor], weights: list[nn.Parameter]) -> Tensor:
