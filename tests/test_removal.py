@@ -156,6 +156,10 @@ def test_fine_pruning_silences_the_least_active(marked: nn.Module) -> None:
     assert after[quiet].abs().sum() == 0
     assert (after > 0).sum() >= 7
     assert isinstance(layer, nn.BatchNorm2d)
+    # Its weights are the whole of it: whoever keeps only those gets the pruned model back.
+    again = net()
+    again.load_state_dict(pruned.state_dict())
+    assert torch.equal(training.predict(again, TEST.inputs), training.predict(pruned, TEST.inputs))
 
 
 def test_pruning_without_convolutions(marked: nn.Module) -> None:

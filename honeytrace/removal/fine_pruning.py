@@ -59,8 +59,9 @@ def fine_prune(
     def silence(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output * kept.to(output.dtype).view(1, -1, *[1] * (output.dim() - 2))
 
-    # A hook, not zeroed weights: the optimiser and a batch normalisation behind would bring them back.
-    layer.register_forward_hook(silence)
+    # A hook while it trains, for the optimiser would bring zeroed weights back; zeroed weights afterwards, so
+    # that the state_dict is the whole model.
+    hook = layer.register_forward_hook(silence)
     fit(
         model,
         *clean,
@@ -70,6 +71,10 @@ def fine_prune(
         precision=precision,
         progress=progress,
     )
+    hook.remove()
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight[kept == 0] = 0
     return model
 
 
@@ -99,7 +104,7 @@ def _prunable(model: nn.Module) -> nn.Module:
     convolutions = [n for n, module in enumerate(modules) if isinstance(module, nn.Conv2d)]
     if convolutions:
         last = modules[convolutions[-1]]
-        behind = [module for module in modules[convolutions[-1] :] if isinstance(module, nn.BatchNorm2d)]
+        behind = [m for m in modules[convolutions[-1] :] if isinstance(m, nn.BatchNorm2d) and m.affine]
         # The ranking must see what the ReLU sees.
         return behind[0] if behind else last
     linears = [module for module in modules if isinstance(module, nn.Linear)]
