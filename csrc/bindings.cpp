@@ -178,6 +178,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.def("set_simd_level", &set_level, py::arg("name"));
     module.def("pool_workers", &pool_workers);
     module.def("_set_exhaustive", &set_exhaustive, py::arg("on"));
+    module.def("_forget_bounds", &forget_bounds);
     module.def("_bounded_counts", [] {
         const BoundedCounts counts = bounded_counts();
         return std::make_tuple(counts.without_looking, counts.by_bounds, counts.finished);

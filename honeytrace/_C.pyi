@@ -146,6 +146,9 @@ def pool_workers() -> int:
 def _set_exhaustive(on: bool) -> None:
     """For tests: whether `watermark` computes every distance in full. Its results do not depend on it."""
 
+def _forget_bounds() -> None:
+    """For tests: `watermark` forgets for which banks bounds proved nothing, and tries them again."""
+
 def _bounded_counts() -> tuple[int, int, int]:
     """For tests: how `watermark` has decided (query, group) pairs so far in this process: without looking at a
     feature, by bounds from some of the features, by computing the distance."""

@@ -21,6 +21,7 @@ METRICS = [("l1", 0.0), ("l2", 0.0), ("cosine", 0.0), ("lp", 1.5), ("lp", 3.0), 
 def _level(request):
     before = _C.simd_level()
     _C.set_simd_level(request.param)
+    _C._forget_bounds()
     yield
     _C.set_simd_level(before)
 
@@ -61,6 +62,7 @@ def similarity_both_ways(features, rows, **settings_):
     if logits is None:
         logits = (3 * normal(rng, len(features), classes)).astype(np.float32)
     args = features, logits, bank, normal(rng, len(rows), classes), normal(rng, 8, rows.shape[2])
+    _C._forget_bounds()
     with Decided() as decided:
         similarity, mixed = core.watermark(*args, **settings_)
     with exhaustive(), Decided() as not_asked:
@@ -182,6 +184,25 @@ def test_many_neighbours(k):
     rows, features = normal(rng, 1, 300, 64), 9 * normal(rng, 9, 64)
     _, decided = similarity_both_ways(features, rows, k=k, offset=1.0)
     assert decided["by_bounds"] == (9 if k == 256 else 0)
+
+
+def test_where_bounds_prove_nothing_they_are_tried_less_and_less():
+    rng = np.random.default_rng(6)
+    rows, features, near = normal(rng, 1, 40, 128), normal(rng, 64, 128), 0.01 * normal(rng, 64, 128)
+    bank, logits, target, planes = core.pack(rows), normal(rng, 64, 5), normal(rng, 1, 5), normal(rng, 8, 128)
+
+    def decided(q, offset):
+        with Decided() as counts:
+            core.watermark(q, logits, bank, target, planes, k=3, offset=offset)
+        return counts
+
+    assert decided(near, 1e-3)["by_bounds"] == 64
+    for _ in range(20):
+        assert decided(features, 9.0)["finished"] == 64
+    # One block of eight is still looked at; when that finds bounds to pay again, all are.
+    tried = [decided(near, 1e-3)["by_bounds"] == 64 for _ in range(12)]
+    assert not all(tried)
+    assert all(tried[8:])
 
 
 @settings(max_examples=60)

@@ -29,6 +29,9 @@ constexpr float kSmallestNorm = 0x1p-60f;
 constexpr float kLargestNorm = 0x1p60f;
 constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
+// Queries that fill the tiles of every level.
+constexpr size_t kQueryFill = 16;
+
 #define HT_UNROLL _Pragma("GCC unroll 16")
 
 // Features [begin, end) of a tile. queries: [end - begin][QT]; panels: NP panels of [features][kLanes], one after the
@@ -196,7 +199,7 @@ HT_INLINE void offer_panel(const M& metric, const DistanceTask& task, Lanes sum,
 }
 
 // Some queries of a block, and the features they take in this pass. Sums of a pass that does not reach the last feature
-// are kept in task.partial, [query][panels * kLanes], and go on from there.
+// are kept in task.partial and go on from there.
 struct Pass {
     const uint32_t* queries;
     size_t count, begin, end;
@@ -213,11 +216,9 @@ __attribute__((noinline)) void tile(const M& metric, const DistanceTask& task, c
             inverse_norms[n] = select(ordinary, divide(fill(1.0f), norm), fill(0.0f));
         }
     }
-    const size_t row_floats = task.panels() * kLanes;
     Lanes sums[QT * NP];
     for (int i = 0; i < QT * NP; ++i)
-        sums[i] = pass.begin == 0 ? fill(0.0f)
-                                  : load(task.partial + queries[i / NP] * row_floats + (panel + i % NP) * kLanes);
+        sums[i] = pass.begin == 0 ? fill(0.0f) : load(task.partial_of(queries[i / NP]) + (panel + i % NP) * kLanes);
     tile_sums<QT, NP>(metric, packed_queries, task.packed + panel * task.features * kLanes, inverse_norms,
                       task.features, pass.begin, pass.end, sums);
     for (int n = 0; n < NP; ++n) {
@@ -226,7 +227,7 @@ __attribute__((noinline)) void tile(const M& metric, const DistanceTask& task, c
             if (pass.end == task.features) {
                 offer_panel(metric, task, sums[q * NP + n], queries[q], panel + n, lanes);
             } else {
-                store(task.partial + queries[q] * row_floats + (panel + n) * kLanes, sums[q * NP + n]);
+                store(task.partial_of(queries[q]) + (panel + n) * kLanes, sums[q * NP + n]);
             }
         }
     }
@@ -277,7 +278,8 @@ void run_pass(const M& metric, const DistanceTask& task, const Pass& pass) {
     pack_queries<4>(task, pass, &packed);
     pack_queries<1>(task, pass, &packed);
 
-    const size_t panel_bytes = (pass.end - pass.begin) * kLanes * sizeof(float);
+    // Of whole panels, though a pass may read a part: parts at the distance of panels share few sets of the cache.
+    const size_t panel_bytes = task.features * kLanes * sizeof(float);
     const size_t fitting = kPanelBytes / panel_bytes, panels = task.panels();
     const size_t step = fitting < 8 ? 8 : fitting - fitting % 8;
     for (size_t panel = 0; panel < panels; panel += step) {
@@ -361,7 +363,7 @@ float mean_bound(const M& metric, const DistanceTask& task, const float* partial
 // a mean of such rows to be so after all its roundings.
 template <class M>
 Outlook outlook_of(const M& metric, const DistanceTask& task, size_t query, size_t seen, float enough, float beyond) {
-    const float* partial = task.partial + query * task.panels() * kLanes;
+    const float* partial = task.partial_of(query);
     const Lanes threshold = fill(beyond);
     size_t near_rows = 0;
     for (size_t panel = 0; panel < task.panels(); ++panel) {
@@ -387,13 +389,51 @@ void distance_with(const M& metric, const DistanceTask& task) {
     finish_queries(metric, task, {task.lists, task.batch, 0, task.features});
 }
 
+// Queries that go on to another look, and those that go on to the last feature at once.
+struct Split {
+    uint32_t *hopeful, *straight;
+    size_t hopes, straights;
+};
+
+// Looks at the sums of the hopeful queries and drops those that are proven. Where the others part ways they do so in
+// numbers that fill tiles: a handful of queries is dear to compute alone.
+template <class M>
+Split split_queries(const M& metric, const DistanceTask& task, Split split, size_t seen, float slack) {
+    const size_t asked = split.hopes;
+    split.hopes = split.straights = 0;
+    for (size_t i = 0; i < asked; ++i) {
+        const uint32_t query = split.hopeful[i];
+        const float beyond = sum_beyond(metric, task.enough[query] * slack, task.features);
+        const Outlook outlook = outlook_of(metric, task, query, seen, task.enough[query], beyond);
+        if (outlook == Outlook::kProven) continue;
+        (outlook == Outlook::kHopeful ? split.hopes : split.straights) += 1;
+        // Both kinds in one list, in order; the kind in the uppermost bit.
+        split.straight[split.hopes + split.straights - 1] = query | (outlook == Outlook::kHopeful ? 1u << 31 : 0u);
+    }
+    const size_t left = split.hopes + split.straights, full_tiles = (split.hopes + kQueryFill / 2) / kQueryFill;
+    const size_t filling = full_tiles * kQueryFill < left ? full_tiles * kQueryFill : left;
+    const size_t hopes = split.straights == 0 ? left : filling;
+    size_t spare = hopes > split.hopes ? hopes - split.hopes : 0;  // straight ones that may hope, too
+    split.hopes = split.straights = 0;
+    for (size_t i = 0; i < left; ++i) {
+        const uint32_t query = split.straight[i] & ~(1u << 31);
+        bool may_hope = query != split.straight[i];
+        if (!may_hope && spare > 0) {
+            --spare;
+            may_hope = true;
+        }
+        may_hope = may_hope && split.hopes < hopes;
+        (may_hope ? split.hopeful[split.hopes++] : split.straight[split.straights++]) = query;
+    }
+    return split;
+}
+
 // Distances where they are below task.enough, infinity where they are proven not to be. The queries that a look leaves
 // in doubt go on from their sums; those for which more looks promise nothing go on to the end at once, so that data
 // which defeat the bounds cost one look.
 template <class M>
 void bounded_with(const M& metric, const DistanceTask& task) {
-    uint32_t *hopeful = task.lists, *straight = task.lists + task.batch;
-    size_t hopes = 0, straights = 0, looked_at = 0;
+    Split split{task.lists, task.lists + task.batch, 0, 0};
     const bool can_look = next_look(0, task.features) < task.features && task.k <= kLargestSortedK;
     // k numbers of at least enough * slack, added in float32 and divided by k, give at least `enough`: k roundings take
     // off less than a factor of 1 - k * 2^-24, and slack itself is rounded once.
@@ -405,36 +445,27 @@ void bounded_with(const M& metric, const DistanceTask& task) {
             continue;
         }
         const float beyond = sum_beyond(metric, task.enough[i] * slack, task.features);
-        uint32_t* list = can_look && beyond < __builtin_inff() ? hopeful + hopes++ : straight + straights++;
-        *list = static_cast<uint32_t>(i);
+        const bool hopes = can_look && beyond < __builtin_inff();
+        (hopes ? split.hopeful[split.hopes++] : split.straight[split.straights++]) = static_cast<uint32_t>(i);
     }
-    finish_queries(metric, task, {straight, straights, 0, task.features});
-    looked_at = hopes;
-    task.counts->finished += straights;
-    for (size_t begin = 0; hopes != 0;) {
+    size_t finished = 0;
+    const size_t asked = split.hopes + split.straights;
+    for (size_t begin = 0;;) {
+        if (split.straights != 0) finish_queries(metric, task, {split.straight, split.straights, begin, task.features});
+        finished += split.straights;
+        if (split.hopes == 0) break;
         const size_t end = next_look(begin, task.features);
         if (end == task.features) {
-            finish_queries(metric, task, {hopeful, hopes, begin, end});
-            task.counts->finished += hopes;
-            looked_at -= hopes;
+            finish_queries(metric, task, {split.hopeful, split.hopes, begin, end});
+            finished += split.hopes;
             break;
         }
-        run_pass(metric, task, {hopeful, hopes, begin, end});
-        const size_t asked = hopes;
-        hopes = straights = 0;
-        for (size_t i = 0; i < asked; ++i) {
-            const uint32_t query = hopeful[i];
-            const float beyond = sum_beyond(metric, task.enough[query] * slack, task.features);
-            const Outlook outlook = outlook_of(metric, task, query, end, task.enough[query], beyond);
-            if (outlook == Outlook::kHopeful) hopeful[hopes++] = query;
-            if (outlook == Outlook::kHopeless) straight[straights++] = query;
-        }
-        finish_queries(metric, task, {straight, straights, end, task.features});
-        task.counts->finished += straights;
-        looked_at -= straights;
+        run_pass(metric, task, {split.hopeful, split.hopes, begin, end});
+        split = split_queries(metric, task, split, end, slack);
         begin = end;
     }
-    task.counts->by_bounds += looked_at;
+    task.counts->finished += finished;
+    task.counts->by_bounds += asked - finished;
 }
 
 template <class M>

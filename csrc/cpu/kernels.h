@@ -30,6 +30,10 @@ struct LoadTask {
     uint8_t* finite;
 };
 
+// Floats from one query's partial sums to the next one's: an odd number of cache lines, so that the rows of a tile do
+// not all fall into the same few sets of the cache.
+constexpr size_t partial_stride(size_t rows) { return ((rows + kLanes - 1) / kLanes | 1) * kLanes; }
+
 // How the distances of a bounded task were decided, in queries of a group.
 struct BoundedCounts {
     uint64_t without_looking;  // no distance could be small enough
@@ -56,7 +60,7 @@ struct DistanceTask {
     float* tiles;             // scratch [batch * features]
     float* beyond;            // scratch [batch]
     uint32_t* lists;          // scratch [2 * batch]
-    float* partial;           // scratch [batch][panels * kLanes] where `enough` is given
+    float* partial;           // scratch [batch][partial_stride(rows)] where `enough` is given
     uint64_t* keys;           // scratch [batch * k]
     SmallestK* smallest;      // scratch [batch]
     float* distance;          // element of query i at distance[i * distance_stride]
@@ -65,6 +69,7 @@ struct DistanceTask {
     size_t index_stride;
 
     size_t panels() const { return (rows + kLanes - 1) / kLanes; }
+    float* partial_of(size_t query) const { return partial + query * partial_stride(rows); }
 };
 
 // [rows][columns] at row_stride to [columns][rows].

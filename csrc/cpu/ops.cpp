@@ -100,7 +100,7 @@ struct QueryBlock {
     uint8_t* finite;
     DistanceTask scratch{};
 
-    // partial_rows: bank rows for which sums are kept between passes, 0 where nothing stops early.
+    // partial_rows: room for the sums that are kept between passes, 0 where nothing stops early.
     QueryBlock(const RowSource& source, size_t k_, bool cosine, size_t partial_rows)
         : batch(source.rows), features(source.columns), k(k_) {
         const size_t floats = batch * features, of_distance = k != 0 ? floats : 0;
@@ -330,6 +330,7 @@ void watermark_mix(const RowSource& logits, const float* similarity, const int64
 namespace {
 
 std::atomic<bool> exhaustive{false};
+std::atomic<uint32_t> memory_epoch{0};
 std::atomic<uint64_t> counted[3];
 
 void add_counts(const BoundedCounts& counts) {
@@ -350,10 +351,45 @@ float distance_without_similarity(const SimilarityRule& rule, size_t group, floa
     return INFINITY;
 }
 
+// Whether bounds have lately been worth their while on a group of a bank, as far as this thread has seen. Where they
+// have not, seven blocks of eight are computed in full. Only time depends on it, no result.
+class BoundsMemory {
+public:
+    static BoundsMemory& of(const float* packed_group) {
+        constexpr size_t kEntries = 64;
+        thread_local BoundsMemory entries[kEntries];
+        BoundsMemory& entry = entries[(reinterpret_cast<uintptr_t>(packed_group) >> 12) % kEntries];
+        const uint32_t epoch = memory_epoch.load(std::memory_order_relaxed);
+        if (entry.packed_group_ != packed_group || entry.epoch_ != epoch) {
+            entry = BoundsMemory();
+            entry.packed_group_ = packed_group;
+            entry.epoch_ = epoch;
+        }
+        return entry;
+    }
+
+    bool worth_looking() {
+        if (proven_share_ > 0.125f) return true;
+        blocks_in_full_ = (blocks_in_full_ + 1) % 8;
+        return blocks_in_full_ == 0;
+    }
+    void remember(size_t queries, size_t proven) {
+        if (queries == 0) return;
+        const float share = static_cast<float>(proven) / static_cast<float>(queries);
+        proven_share_ += (share - proven_share_) * (queries >= 16 ? 0.5f : 0.125f);
+    }
+
+private:
+    const float* packed_group_ = nullptr;
+    uint32_t epoch_ = 0;
+    float proven_share_ = 1.0f;
+    int blocks_in_full_ = 0;
+};
+
 // Queries of a block of `watermark`: sums of its block with the whole bank are kept, in at most so much memory.
 constexpr size_t kPartialBytes = 4 * 1024 * 1024;
 size_t bounded_block(size_t block, const Bank& bank) {
-    const size_t fitting = kPartialBytes / (bank.panels() * kLanes * sizeof(float)) / 16 * 16;
+    const size_t fitting = kPartialBytes / (partial_stride(bank.rows) * sizeof(float)) / 16 * 16;
     return std::min(block, std::max<size_t>(16, fitting));
 }
 
@@ -369,11 +405,19 @@ struct Similarities {
 
     // Of one group, for all queries of the block, into every groups-th element of `out`.
     void compute(DistanceTask& task, size_t group, float* enough, float* out) const {
-        const bool bounded = !exhaustive.load(std::memory_order_relaxed);
-        for (size_t i = 0; bounded && i < queries.batch; ++i)
+        BoundsMemory& memory = BoundsMemory::of(bank.packed_of(group));
+        const bool bounded = !exhaustive.load(std::memory_order_relaxed), looks = bounded && memory.worth_looking();
+        for (size_t i = 0; looks && i < queries.batch; ++i)
             enough[i] = finite(i) ? distance_without_similarity(rule, group, confidence(i)) : -INFINITY;
-        task.enough = bounded ? enough : nullptr;
+        task.enough = looks ? enough : nullptr;
+        const BoundedCounts before = *task.counts;
         distances_to_group(task, bank, group, out, bank.groups);
+        if (looks) {
+            const size_t proven = task.counts->by_bounds - before.by_bounds;
+            memory.remember(proven + task.counts->finished - before.finished, proven);
+        } else if (bounded) {
+            task.counts->finished += queries.batch;
+        }
         for (size_t i = 0; i < queries.batch; ++i) {
             float& value = out[i * bank.groups];
             value = finite(i) ? baseline::similarity_of(value, confidence(i), rule.offset[group], rule.scale[group],
@@ -386,6 +430,7 @@ struct Similarities {
 }  // namespace
 
 void set_exhaustive(bool on) { exhaustive.store(on, std::memory_order_relaxed); }
+void forget_bounds() { memory_epoch.fetch_add(1, std::memory_order_relaxed); }
 
 BoundedCounts bounded_counts() { return {counted[0].load(), counted[1].load(), counted[2].load()}; }
 
@@ -399,7 +444,7 @@ void watermark(const RowSource& features, const RowSource& logits, const Bank& b
         AnswerBlock answers(slice(logits, begin, rows), mixing.groups);
         for (size_t i = 0; i < rows; ++i) answers.read(i, with_confidence);
         const QueryBlock queries(slice(features, begin, rows), neighbours.k, neighbours.metric == Metric::kCosine,
-                                 bank.panels() * kLanes);
+                                 partial_stride(bank.rows));
         const Similarities similarities{queries, answers, bank, rule, with_confidence};
         DistanceTask task = queries.task(neighbours);
         BoundedCounts counts{};

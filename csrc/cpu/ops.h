@@ -69,8 +69,10 @@ void watermark(const RowSource& features, const RowSource& logits, const Bank& b
                const float* planes, size_t n_planes, const SimilarityRule& rule, const Mixing& mixing,
                float* similarity, size_t threads);
 
-// For tests: whether `watermark` computes every distance in full, and how it decided those of all calls so far.
+// For tests: whether `watermark` computes every distance in full; to forget where bounds were not worth their while;
+// and how it decided the distances of all calls so far.
 void set_exhaustive(bool on);
+void forget_bounds();
 BoundedCounts bounded_counts();
 
 }  // namespace honeytrace
