@@ -5,6 +5,10 @@ measured and no GPU is needed.
 
     python bench/roofline.py [--json FILE]
 
+The CUDA kernels take differences on the vector units throughout; the Triton kernels select on tensor cores
+where they can (l2, cosine, and the sign hash), in rows of their own here. The GPU benches divide these floors
+by what they measure.
+
 The floor is the largest of: bytes over memory bandwidth, with everything read and written once; instructions
 of the vector units over their rate; products over the rate of the tensor cores. Kernels of few microseconds
 are bound by launch latency instead, which the floor leaves out.
@@ -81,39 +85,88 @@ DISTANCE_SIZES = [  # B, G, M, D
 ]
 MIX_SIZES = [(1, 10), (256, 100), (4096, 1000), (256, 21841)]
 HASH_SIZES = [(1, 512), (256, 512), (4096, 2048)]
+WATERMARK_SIZES = [  # B, G, M, D, C
+    (1, 1, 500, 512, 10),
+    (32, 8, 500, 512, 100),
+    (256, 1, 500, 512, 10),
+    (256, 8, 500, 512, 100),
+    (1024, 8, 500, 2048, 1000),
+]
 COMPOSE_SIZES = [(32, 3 * 32 * 32), (256, 3 * 224 * 224)]
 K = 10
 
 
+def distance(
+    metric: str, batch: int, groups: int, rows: int, width: int, *, tensor_cores: bool = False
+) -> Work:
+    """The k nearest rows of each group; on tensor cores by three products, then 16 candidates directly."""
+    pairs = batch * groups * rows * width
+    traffic = 4 * (batch * width + groups * rows * width + batch * groups * (1 + K))
+    size = f"B={batch} G={groups} M={rows} D={width}"
+    if tensor_cores:
+        rescored = 16 * batch * groups * width
+        return Work(f"feature_distance {metric}, tensor cores", size, 2 * rescored, 3 * 2 * pairs, traffic)
+    return Work(f"feature_distance {metric}", size, PAIR_INSTRUCTIONS[metric] * pairs, 0, traffic)
+
+
+def sign_hash(batch: int, width: int, *, tensor_cores: bool = False) -> Work:
+    """64 planes."""
+    traffic, products = 4 * (batch * width + 64 * width) + 8 * batch, 64 * batch * width
+    name, size = "sign_hash", f"B={batch} D={width} P=64"
+    if tensor_cores:
+        return Work(f"{name}, tensor cores", size, 0, 3 * 2 * products, traffic)
+    return Work(name, size, products, 0, traffic)
+
+
+def mix(batch: int, classes: int, dtype: str = "float32") -> Work:
+    """Probability space, 8 groups: three exponentials, a logarithm and more, 40 instructions for a class."""
+    element = 4 if dtype == "float32" else 2
+    traffic = 2 * element * batch * classes + 4 * 8 * classes + batch * (4 * 8 + 8 + 8 + 1)
+    return Work("watermark_mix", f"B={batch} C={classes} {dtype}", 40 * batch * classes, 0, traffic)
+
+
+def watermark(metric: str, batch: int, groups: int, rows: int, width: int, classes: int) -> Work:
+    """All three in one call, every distance to the end: a call that stops early may beat this floor."""
+    steps = (distance(metric, batch, groups, rows, width), sign_hash(batch, width), mix(batch, classes))
+    return Work(
+        f"watermark {metric}",
+        f"B={batch} G={groups} M={rows} D={width} C={classes}",
+        sum(step.instructions for step in steps),
+        0,
+        sum(step.bytes for step in steps),
+    )
+
+
+def compose(batch: int, elements: int) -> Work:
+    count = batch * elements
+    return Work("compose", f"B={batch} N={elements}", 6 * count, 0, 4 * (3 * count + elements))
+
+
 def distance_work() -> Iterator[Work]:
     for batch, groups, rows, width in DISTANCE_SIZES:
-        pairs = batch * groups * rows * width
-        size = f"B={batch} G={groups} M={rows} D={width}"
-        traffic = 4 * (batch * width + groups * rows * width + batch * groups * (1 + K))
-        for metric, instructions in PAIR_INSTRUCTIONS.items():
-            yield Work(f"feature_distance {metric}", size, instructions * pairs, 0, traffic)
+        for metric in PAIR_INSTRUCTIONS:
+            yield distance(metric, batch, groups, rows, width)
         if batch >= 16:
-            # Three products for the selection, then 16 candidates of each query directly, read from their
-            # rows.
-            rescored = 16 * batch * groups * width
             for metric in ("l2", "cosine"):
-                name = f"feature_distance {metric}, tensor cores"
-                yield Work(name, size, 2 * rescored, 3 * 2 * pairs, traffic)
+                yield distance(metric, batch, groups, rows, width, tensor_cores=True)
 
 
 def other_work() -> Iterator[Work]:
     for batch, width in HASH_SIZES:
-        traffic = 4 * (batch * width + 64 * width) + 8 * batch
-        yield Work("sign_hash", f"B={batch} D={width} P=64", 0, 3 * 2 * 64 * batch * width, traffic)
+        yield sign_hash(batch, width)
+        yield sign_hash(batch, width, tensor_cores=True)
     for batch, classes in MIX_SIZES:
-        # Probability space: three exponentials, a logarithm and the rest, some 40 instructions for a class.
-        for dtype, width in (("float32", 4), ("bfloat16", 2)):
-            traffic = 2 * width * batch * classes + 4 * 8 * classes + batch * (4 * 8 + 8 + 8 + 1)
-            size = f"B={batch} C={classes} {dtype}"
-            yield Work("watermark_mix", size, 40 * batch * classes, 0, traffic)
+        yield mix(batch, classes)
+        yield mix(batch, classes, "bfloat16")
+    for size in WATERMARK_SIZES:
+        yield watermark("l1", *size)
     for batch, elements in COMPOSE_SIZES:
-        count = batch * elements
-        yield Work("compose", f"B={batch} N={elements}", 6 * count, 0, 4 * (3 * count + elements))
+        yield compose(batch, elements)
+
+
+def device_of(name: str) -> Device | None:
+    """The device of this table that a card's name speaks of, if any."""
+    return next((device for device in DEVICES if device.name.split()[0] in name), None)
 
 
 def table() -> list[dict[str, object]]:
