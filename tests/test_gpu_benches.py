@@ -110,7 +110,7 @@ def test_results_are_printed_and_written(load, monkeypatch, tmp_path, capsys):
     work = roofline.mix(4096, 1000)
     rows = gpu.compare("mix B=4096 C=1000", sides, work, 4, lambda: None)
     assert [row.side for row in rows] == ["cuda", "torch"]
-    assert rows[0].share == pytest.approx(1e6 * work.bytes / 2.039e12 / 5.0)
+    assert rows[0].share == pytest.approx(1e6 * work.floor(roofline.DEVICES[0])[0] / 5.0)
     options = argparse.Namespace(output=tmp_path / "card", dtype="float32", calls=4)
     gpu.write("mixing", "gpu_mix", rows, options)
     found = json.loads((tmp_path / "card" / "gpu_mix.json").read_text())
