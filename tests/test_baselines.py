@@ -260,13 +260,13 @@ class Opened:
 def test_dawn_proves_a_copy_by_the_queries_it_sent(victim: nn.Module) -> None:
     made = defended("dawn", victim, share=0.05)
     assert made.changed is not None
-    queries = WHOLE.pool.inputs[:1500]
+    queries = WHOLE.pool.inputs[:1200]
     copy = training.seeded(net, 9)
-    training.fit(copy, queries, training.predict(made.model, queries).argmax(1), epochs=25, seed=9)
+    training.fit(copy, queries, training.predict(made.model, queries).argmax(1), epochs=16, seed=9)
     groups = made.changed(queries)
     assert verify(copy, Opened(groups), None).claim
     innocent = training.seeded(net, 10)
-    training.fit(innocent, queries, training.predict(victim, queries).argmax(1), epochs=25, seed=9)
+    training.fit(innocent, queries, training.predict(victim, queries).argmax(1), epochs=16, seed=9)
     assert not verify(innocent, Opened(groups), None).claim
     # It was never told about other queries that would be changed.
     assert not verify(copy, Opened(made.groups), None).claim
@@ -392,7 +392,7 @@ def test_combiners_take_from_both(name: str) -> None:
 
 def test_the_autoencoder_blends_in_its_code() -> None:
     state = torch.random.get_rng_state()
-    blend = autoencoder_blend(TRAIN.inputs, seed=3, epochs=12)
+    blend = autoencoder_blend(TRAIN.inputs, seed=3, epochs=6)
     assert torch.equal(torch.random.get_rng_state(), state)
     a, b = TEST.inputs[:200], TEST.inputs[200:400]
     same = blend(a, a)
@@ -400,6 +400,6 @@ def test_the_autoencoder_blends_in_its_code() -> None:
     mixed = blend(a, b)
     assert mixed.shape == a.shape
     assert (mixed - (a + b) / 2).square().mean() < (mixed - a).square().mean()
-    assert torch.equal(autoencoder_blend(TRAIN.inputs, seed=3, epochs=12)(a, b), mixed)
+    assert torch.equal(autoencoder_blend(TRAIN.inputs, seed=3, epochs=6)(a, b), mixed)
     with pytest.raises(ValueError, match="divisible by 4"):
         autoencoder_blend(TRAIN.inputs[:, :, :6], seed=0)
