@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import honeytrace
-from honeytrace.ops import registry
+from honeytrace.ops import cuda_backend, registry
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors")
 _VARIABLES = ("HONEYTRACE_BACKEND", "HONEYTRACE_SIMD", "OMP_NUM_THREADS")
@@ -24,6 +24,7 @@ def doctor() -> dict[str, Any]:
         versions: honeytrace, python, platform and packages (None where one is not installed).
         core: the compiled core: available, reason (when not), simd_level in use, simd_levels that can run,
             build.
+        cuda_core: the compiled CUDA kernels: available (built and loaded), reason (when not), build.
         threads: what a call uses, torch.get_num_threads().
         gpu: available, reason (when not), devices (name, compute capability, GiB).
         backends: for each device type and backend: available and reason (None when available).
@@ -39,6 +40,7 @@ def doctor() -> dict[str, Any]:
             **{name: _version(name) for name in _PACKAGES},
         },
         "core": _core(),
+        "cuda_core": _cuda_core(),
         "threads": torch.get_num_threads(),
         "gpu": _gpu(),
         "backends": {
@@ -78,6 +80,12 @@ def _core() -> dict[str, Any]:
         ValueError,
     ) as error:  # no core, or HONEYTRACE_SIMD asks for the impossible
         return _available(str(error))
+
+
+def _cuda_core() -> dict[str, Any]:
+    if cuda_backend.not_loaded is not None:
+        return _available(cuda_backend.not_loaded)
+    return {**_available(None), "build": dict(cuda_backend.build_info())}
 
 
 def _gpu() -> dict[str, Any]:

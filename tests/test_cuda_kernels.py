@@ -74,7 +74,7 @@ def machine(module, monkeypatch):
         machine.workspace.fill_(0xA5)  # what a kernel does not write itself it cannot rely on
         return machine.workspace
 
-    monkeypatch.setattr(cuda_backend, "_cuda", module)
+    monkeypatch.setattr(cuda_backend, "_cuda", module, raising=False)
     monkeypatch.setattr(cuda_backend, "unavailable", lambda device_type: None)
     monkeypatch.setattr(cuda_backend, "_multiprocessors", lambda device: machine.multiprocessors)
     monkeypatch.setattr(cuda_backend, "_workspace", remembered)

@@ -170,6 +170,9 @@ def test_doctor_says_what_was_chosen_and_why(monkeypatch):
     for device in report["backends"].values():
         for state in device.values():
             assert state["available"] == (state["reason"] is None)
+    assert report["cuda_core"]["available"] or "it was not built" in report["cuda_core"]["reason"]
+    cuda = report["backends"]["cuda"]["cuda"]
+    assert cuda["available"] or cuda["reason"]
     if report["core"]["available"]:
         assert report["core"]["simd_level"] in report["core"]["simd_levels"]
     monkeypatch.setenv("HONEYTRACE_BACKEND", "reference")

@@ -21,11 +21,15 @@ from torch import Tensor
 from honeytrace.ops.bank import pack_panels
 from honeytrace.ops.checks import unsigned_seed
 
+not_loaded: str | None = None
+"""Why the compiled kernels are not there."""
+
 try:
-    from honeytrace import _cuda
-except ImportError as error:  # an installation without it says why when asked
-    _cuda = None  # type: ignore[assignment]
-    _reason = str(error)
+    import honeytrace._cuda as _cuda
+except ModuleNotFoundError:
+    not_loaded = "it was not built: set HONEYTRACE_CUDA=1 and install honeytrace again"
+except ImportError as error:
+    not_loaded = f"honeytrace._cuda cannot be loaded: {error}"
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -34,13 +38,18 @@ def unavailable(device_type: str) -> str | None:
     """It runs on CUDA tensors, where it was built and the driver finds a GPU that it was built for."""
     if device_type != "cuda":
         return f"it runs on cuda, not on {device_type}"
-    if _cuda is None:
-        return f"it was not built: set HONEYTRACE_CUDA=1 and install honeytrace again ({_reason})"
+    if not_loaded is not None:
+        return not_loaded
     if not torch.cuda.is_available():
         return "no GPU is visible to torch" if torch.version.cuda is not None else "this torch has no CUDA"
     if torch.cuda.get_device_capability() < (8, 0):
         return "it needs a GPU of compute capability 8.0 or above"
     return None
+
+
+def build_info() -> _cuda.BuildInfo:
+    """Compiler and architectures of the kernels; only where they are loaded."""
+    return _cuda.build_info()
 
 
 def _check(code: int) -> None:
