@@ -22,8 +22,6 @@
 namespace honeytrace::HONEYTRACE_LEVEL {
 
 constexpr size_t kFeatureBlock = 256;
-// Panels that stay in the second-level cache while all queries of the block pass over them.
-constexpr size_t kPanelBytes = 256 * 1024;
 // Outside this range 1 / norm or norm^2 is not to be trusted in float32.
 constexpr float kSmallestNorm = 0x1p-60f;
 constexpr float kLargestNorm = 0x1p60f;
@@ -36,8 +34,8 @@ constexpr size_t kQueryFill = 16;
 
 // Features [begin, end) of a tile. queries: [end - begin][QT]; panels: NP panels of [features][kLanes], one after the
 // other; sums: [QT][NP], those of the features before `begin`, which lies in the first block or starts another one.
-// inverse_norms: [NP], read for cosine only.
-template <int QT, int NP, class M>
+// inverse_norms: [NP], read where the tile scales the rows.
+template <int QT, int NP, bool kScales, class M>
 HT_INLINE void tile_sums(const M& metric, const float* queries, const float* panels, const Lanes* inverse_norms,
                          size_t features, size_t begin, size_t end, Lanes* sums) {
     const size_t panel_floats = features * kLanes;
@@ -55,7 +53,7 @@ HT_INLINE void tile_sums(const M& metric, const float* queries, const float* pan
             Lanes row[NP];
             HT_UNROLL for (int n = 0; n < NP; ++n) {
                 row[n] = load(panel + n * panel_floats);
-                if constexpr (M::kCosine) row[n] = mul(row[n], inverse_norms[n]);
+                if constexpr (kScales) row[n] = mul(row[n], inverse_norms[n]);
             }
             HT_UNROLL for (int q = 0; q < QT; ++q) {
                 HT_UNROLL for (int n = 0; n < NP; ++n)
@@ -205,22 +203,29 @@ struct Pass {
     size_t count, begin, end;
 };
 
+// The rows' inverse norms; 0 for a norm that is too small, whose sums mean nothing.
+HT_INLINE Lanes inverse_norms_of(const DistanceTask& task, size_t panel) {
+    const Lanes norm = load(task.norms + panel * kLanes);
+    return select(less(fill(kSmallestNorm), norm), divide(fill(1.0f), norm), fill(0.0f));
+}
+
 template <int QT, int NP, class M>
 __attribute__((noinline)) void tile(const M& metric, const DistanceTask& task, const Pass& pass,
                                     const uint32_t* queries, const float* packed_queries, size_t panel) {
+    // Tiles of several queries read rows that are scaled already.
+    constexpr bool kScales = M::kCosine && QT == 1;
     Lanes inverse_norms[NP] = {};
-    if constexpr (M::kCosine) {
-        HT_UNROLL for (int n = 0; n < NP; ++n) {
-            const Lanes norm = load(task.norms + (panel + n) * kLanes);
-            const LaneMask ordinary = less(fill(kSmallestNorm), norm);
-            inverse_norms[n] = select(ordinary, divide(fill(1.0f), norm), fill(0.0f));
-        }
+    if constexpr (kScales) {
+        HT_UNROLL for (int n = 0; n < NP; ++n)
+            inverse_norms[n] = inverse_norms_of(task, panel + n);
     }
+    const float* rows = task.packed + panel * task.features * kLanes;
+    if constexpr (M::kCosine && !kScales)
+        rows = task.unit_panels + panel % panel_step(task.features) * task.features * kLanes;
     Lanes sums[QT * NP];
     for (int i = 0; i < QT * NP; ++i)
         sums[i] = pass.begin == 0 ? fill(0.0f) : load(task.partial_of(queries[i / NP]) + (panel + i % NP) * kLanes);
-    tile_sums<QT, NP>(metric, packed_queries, task.packed + panel * task.features * kLanes, inverse_norms,
-                      task.features, pass.begin, pass.end, sums);
+    tile_sums<QT, NP, kScales>(metric, packed_queries, rows, inverse_norms, task.features, pass.begin, pass.end, sums);
     for (int n = 0; n < NP; ++n) {
         const PanelLanes lanes = lanes_of<M>(task, panel + n);
         for (int q = 0; q < QT; ++q) {
@@ -270,6 +275,16 @@ HT_INLINE void pack_queries(const DistanceTask& task, const Pass& pass, size_t* 
     }
 }
 
+// Panels [panel, end) with rows of norm 1, once for all tiles.
+inline void unit_panels(const DistanceTask& task, const Pass& pass, size_t panel, size_t end) {
+    float* out = task.unit_panels;
+    for (; panel < end; ++panel, out += task.features * kLanes) {
+        const float* rows = task.packed + panel * task.features * kLanes;
+        const Lanes inverse = inverse_norms_of(task, panel);
+        for (size_t d = pass.begin; d < pass.end; ++d) store(out + d * kLanes, mul(load(rows + d * kLanes), inverse));
+    }
+}
+
 template <class M>
 void run_pass(const M& metric, const DistanceTask& task, const Pass& pass) {
     size_t packed = 0;
@@ -278,12 +293,12 @@ void run_pass(const M& metric, const DistanceTask& task, const Pass& pass) {
     pack_queries<4>(task, pass, &packed);
     pack_queries<1>(task, pass, &packed);
 
-    // Of whole panels, though a pass may read a part: parts at the distance of panels share few sets of the cache.
-    const size_t panel_bytes = task.features * kLanes * sizeof(float);
-    const size_t fitting = kPanelBytes / panel_bytes, panels = task.panels();
-    const size_t step = fitting < 8 ? 8 : fitting - fitting % 8;
+    const size_t panels = task.panels(), step = panel_step(task.features);
     for (size_t panel = 0; panel < panels; panel += step) {
         const size_t end = panel + step < panels ? panel + step : panels;
+        if constexpr (M::kCosine) {
+            if (pass.count >= 4) unit_panels(task, pass, panel, end);
+        }
         size_t next = 0;
         if constexpr (kQueryTile >= 16) query_tiles<16>(metric, task, pass, &next, panel, end);
         if constexpr (kQueryTile >= 8) query_tiles<8>(metric, task, pass, &next, panel, end);

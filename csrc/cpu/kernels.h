@@ -34,6 +34,14 @@ struct LoadTask {
 // not all fall into the same few sets of the cache.
 constexpr size_t partial_stride(size_t rows) { return ((rows + kLanes - 1) / kLanes | 1) * kLanes; }
 
+// Panels that stay in the second-level cache while all queries of a block pass over them. Of whole panels, though a
+// pass may read a part: parts at the distance of panels share few sets of the cache.
+constexpr size_t kPanelBytes = 256 * 1024;
+constexpr size_t panel_step(size_t features) {
+    const size_t fitting = kPanelBytes / (features * kLanes * sizeof(float));
+    return fitting < 8 ? 8 : fitting - fitting % 8;
+}
+
 // How the distances of a bounded task were decided, in queries of a group.
 struct BoundedCounts {
     uint64_t without_looking;  // no distance could be small enough
@@ -58,6 +66,7 @@ struct DistanceTask {
     BoundedCounts* counts;    // added to where `enough` is given
     const float* transposed;  // the queries as [features][batch]
     float* tiles;             // scratch [batch * features]
+    float* unit_panels;       // scratch [min(panels, panel_step)][features][kLanes] for cosine
     float* beyond;            // scratch [batch]
     uint32_t* lists;          // scratch [2 * batch]
     float* partial;           // scratch [batch][partial_stride(rows)] where `enough` is given

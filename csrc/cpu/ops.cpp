@@ -100,15 +100,18 @@ struct QueryBlock {
     uint8_t* finite;
     DistanceTask scratch{};
 
+    // unit_panels: panels to be scaled at a time, for cosine only.
     // partial_rows: room for the sums that are kept between passes, 0 where nothing stops early.
-    QueryBlock(const RowSource& source, size_t k_, bool cosine, size_t partial_rows)
+    QueryBlock(const RowSource& source, size_t k_, size_t unit_panels, size_t partial_rows)
         : batch(source.rows), features(source.columns), k(k_) {
         const size_t floats = batch * features, of_distance = k != 0 ? floats : 0;
         Scratch& memory = Scratch::of_this_thread(Scratch::kQueries);
-        memory.reserve({floats * 4, cosine ? floats * 4 : 0, batch, batch, of_distance * 4, of_distance * 4, batch * 4,
-                        batch * 8, batch * partial_rows * 4, batch * k * 8, batch * sizeof(SmallestK)});
+        const size_t of_unit = unit_panels != 0 ? floats : 0, of_panels = unit_panels * features * kLanes;
+        memory.reserve({floats * 4, of_unit * 4, of_panels * 4, batch, batch, of_distance * 4, of_distance * 4,
+                        batch * 4, batch * 8, batch * partial_rows * 4, batch * k * 8, batch * sizeof(SmallestK)});
         queries = memory.take<float>(floats);
-        unit = memory.take<float>(cosine ? floats : 0);
+        unit = memory.take<float>(of_unit);
+        scratch.unit_panels = memory.take<float>(of_panels);
         finite = memory.take<uint8_t>(batch);
         scratch.nonzero = memory.take<uint8_t>(batch);
         transposed_ = memory.take<float>(of_distance);
@@ -145,6 +148,10 @@ struct QueryBlock {
 private:
     float* transposed_;
 };
+
+size_t unit_panels(const Bank& bank, const Neighbours& neighbours) {
+    return neighbours.metric == Metric::kCosine ? std::min(bank.panels(), panel_step(bank.features)) : 0;
+}
 
 void distances_to_group(DistanceTask& task, const Bank& bank, size_t group, float* distance, size_t distance_stride) {
     task.packed = bank.packed_of(group);
@@ -295,7 +302,7 @@ void feature_distance(const RowSource& features, const Bank& bank, const Neighbo
     const size_t useful = useful_threads(work_of(bank, features.rows), threads);
     const size_t block = block_of(features.rows, features.columns, useful);
     for_blocks(features.rows, block, useful, [&](size_t begin, size_t rows) {
-        const QueryBlock queries(slice(features, begin, rows), neighbours.k, neighbours.metric == Metric::kCosine, 0);
+        const QueryBlock queries(slice(features, begin, rows), neighbours.k, unit_panels(bank, neighbours), 0);
         DistanceTask task = queries.task(neighbours);
         task.index_stride = bank.groups * neighbours.k;
         for (size_t group = 0; group < bank.groups; ++group) {
@@ -311,7 +318,7 @@ void sign_hash(const RowSource& features, const float* planes, size_t n_planes, 
     const size_t useful = useful_threads(work, threads);
     const size_t block = block_of(features.rows, features.columns, useful);
     for_blocks(features.rows, block, useful, [&](size_t begin, size_t rows) {
-        const QueryBlock queries(slice(features, begin, rows), 0, false, 0);
+        const QueryBlock queries(slice(features, begin, rows), 0, 0, 0);
         kernels().sign_hash({queries.queries, features.columns, rows, features.columns, planes, n_planes,
                              queries.finite, bucket + begin});
     });
@@ -443,7 +450,7 @@ void watermark(const RowSource& features, const RowSource& logits, const Bank& b
     for_blocks(features.rows, block, useful, [&](size_t begin, size_t rows) {
         AnswerBlock answers(slice(logits, begin, rows), mixing.groups);
         for (size_t i = 0; i < rows; ++i) answers.read(i, with_confidence);
-        const QueryBlock queries(slice(features, begin, rows), neighbours.k, neighbours.metric == Metric::kCosine,
+        const QueryBlock queries(slice(features, begin, rows), neighbours.k, unit_panels(bank, neighbours),
                                  partial_stride(bank.rows));
         const Similarities similarities{queries, answers, bank, rule, with_confidence};
         DistanceTask task = queries.task(neighbours);
