@@ -62,8 +62,8 @@ def settings(name: str) -> dict[str, Any]:
     return {
         "transfer": {"pretraining": (splits.train.inputs[:800].flip(3), splits.train.labels[:800] % 7)},
         "bayes": {"table": 20_000},
-        "d-dae": {"defence": mixing_defence},
-        "d-dae-plus": {"pairs": 5_000},
+        "d-dae": {"defence": mixing_defence, "recovery_epochs": 5},
+        "d-dae-plus": {"pairs": 4_000},
         "dfme": {"batch": 16},
         "smoothing": {"views": 2},
         "repeat": {"times": 2},
@@ -268,10 +268,10 @@ def test_co_teaching_and_outliers_find_overwritten_answers(labels: str) -> None:
         return torch.where(lied(inputs)[:, None], answers.roll(2, dims=1), answers)
 
     for name in ("outliers", "co-teaching"):
-        copy = run(name, lying, labels=labels, budget=1000)
+        copy = run(name, lying, labels=labels, budget=700)
         lies = lied(copy.queries)
-        assert len(copy.suspected) == 100
-        # Measured: 0.71 to 0.86 of the lies are among the tenth left out.
+        assert len(copy.suspected) == 70
+        # Measured: 0.76 to 0.98 of the lies are among the tenth left out.
         assert lies[copy.suspected].double().sum() > 0.55 * lies.sum()
 
 
@@ -284,13 +284,13 @@ def test_bootstrapping_resists_what_plain_training_learns() -> None:
         lies = torch.rand(len(labels), generator=draws) < 0.4
         return torch.where(lies, torch.randint(10, labels.shape, generator=draws), labels)
 
-    long = Recipe(small, epochs=20, batch_size=32, learning_rate=6e-3)
+    long = Recipe(small, epochs=15, batch_size=32, learning_rate=6e-3)
     plain = run("random", noisy, recipe=long, labels="top1")
     draws.manual_seed(0)
     copy = run("bootstrap", noisy, recipe=long, labels="top1", trust=0.5)
     assert torch.equal(plain.answers, copy.answers)
     fits = [training.accuracy(c.surrogate, c.queries, c.answers) for c in (plain, copy)]
-    assert fits[1] < fits[0] - 0.05
+    assert fits[1] < fits[0] - 0.1  # measured: 0.97 and 0.75
 
 
 def test_transfer_keeps_what_the_other_task_taught() -> None:
@@ -299,7 +299,7 @@ def test_transfer_keeps_what_the_other_task_taught() -> None:
     kin = (splits.train.inputs[:2000], (splits.train.labels[:2000] + 3) % 10)
     first = training.accuracy(run("transfer", api(victim), pretraining=kin, **few).surrogate, *splits.test)
     plain = training.accuracy(run("random", api(victim), **few).surrogate, *splits.test)
-    assert first > plain + 0.1
+    assert first > plain + 0.1  # measured: 0.39 and 0.12
     with pytest.raises(ValueError, match="the attack transfer needs the setting pretraining"):
         ATTACKS["transfer"](api(victim), splits.pool.inputs, RECIPE, seed=0)
     flat, bare = splits.pool.inputs.flatten(1), Recipe(lambda: nn.Linear(64, 10), epochs=1)
@@ -351,7 +351,7 @@ def test_recovery_brings_marked_answers_back(name: str) -> None:
     bent = (copy.answers - clean).abs().sum(1) > 0.05
     assert 0.1 < bent.double().mean() < 0.7
     before, after = ((found - clean).abs().sum(1)[bent].mean() for found in (copy.answers, copy.targets))
-    # Measured: 0.36 before; after it 0.22 (d-dae, whose shadows saw few queries), 0.14 and 0.12.
+    # Measured: 0.36 before; after it about 0.22 (d-dae, whose shadows saw few queries), 0.14 and 0.12.
     assert after < (0.75 if name == "d-dae" else 0.55) * before
 
 
@@ -422,17 +422,17 @@ def test_a_hunter_who_gets_labels_finds_flips(clean: bool) -> None:
         labels = api(victim, answers="labels")(inputs)
         return torch.where(lied(inputs), (labels + 2) % 10, labels)
 
-    own = {"clean": (splits.train.inputs[:1000], splits.train.labels[:1000])} if clean else {}
-    dropped = run("bent-hunting-drop", lying, labels="top1", budget=1000, share=0.1, **own)
+    own = {"clean": (splits.train.inputs[:700], splits.train.labels[:700])} if clean else {}
+    dropped = run("bent-hunting-drop", lying, labels="top1", budget=600, share=0.1, **own)
     lies = lied(dropped.queries)
-    assert len(dropped.suspected) == 100
-    assert torch.equal(torch.cat([dropped.kept, dropped.suspected]).sort().values, torch.arange(1000))
-    assert lies[dropped.suspected].sum() > 0.6 * lies.sum()  # by chance 0.1
-    mended = run("bent-hunting-repair", lying, labels="top1", budget=1000, share=0.1, **own)
+    assert len(dropped.suspected) == 60
+    assert torch.equal(torch.cat([dropped.kept, dropped.suspected]).sort().values, torch.arange(600))
+    assert lies[dropped.suspected].sum() > 0.6 * lies.sum()  # measured: 0.86 and 1; by chance 0.1
+    mended = run("bent-hunting-repair", lying, labels="top1", budget=600, share=0.1, **own)
     assert torch.equal(mended.suspected, dropped.suspected)
     truth = api(victim, answers="labels")(mended.queries)
-    assert (mended.targets != truth)[lies].double().mean() < 0.5
-    assert len(mended.kept) == 1000
+    assert (mended.targets != truth)[lies].double().mean() < 0.7  # measured: 0.2 to 0.5; unrepaired 1
+    assert len(mended.kept) == 600
 
 
 @pytest.mark.parametrize("guess", ["clusters", "composites"])
@@ -445,8 +445,8 @@ def test_queries_avoid_guessed_groups(guess: str) -> None:
     assert torch.equal(torch.cat([copy.kept, copy.suspected]).sort().values, torch.arange(BUDGET))
     # Half of the queries were moved out of the groups before they were sent.
     inside = copy.suspected
-    print(guess, (inside < BUDGET // 2).sum(), (inside >= BUDGET // 2).sum())
-    assert (inside >= BUDGET // 2).sum() < 0.8 * (inside < BUDGET // 2).sum()
+    # Measured: 86 and 136 of the first half lie in a group, 3 of the second.
+    assert (inside >= BUDGET // 2).sum() < 0.3 * (inside < BUDGET // 2).sum()
 
 
 def test_fitted_marks_are_taken_off() -> None:

@@ -17,7 +17,7 @@ def low_confidence(
     seed: int,
     budget: int | None = None,
     labels: Labels = "soft",
-    minimum: float = 0.8,
+    minimum: float = 0.9,
     progress: Progress | None = None,
 ) -> Extraction:
     """Leave out every answer whose largest probability is below `minimum`, and train on the rest.
@@ -28,7 +28,7 @@ def low_confidence(
     Args:
         api: must give probabilities; `labels` may be "top1" all the same.
         pool, recipe, seed, budget, labels, progress: as `random_queries`.
-        minimum: in (0, 1). Default 0.8: a mark of strength 0.2 or more is left out wherever it is whole.
+        minimum: in (0, 1). Default 0.9: where a tenth or more of another class was mixed in, it is left out.
 
     Returns:
         The copy; `suspected` are the rows left out.
