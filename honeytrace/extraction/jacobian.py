@@ -108,9 +108,7 @@ def _augmented(
         classes = answers[parents] if answers.dim() == 1 else answers[parents].argmax(1)
         if targeted:
             classes = _other_classes(classes, _num_classes(copy, queries), session.generator)
-        # Away from the class the API gave is up its own score; towards another is down that class's loss.
-        slope = _gradient(copy, queries[parents], classes, loss=targeted)
-        moved = queries[parents] + (-step if targeted else step) * slope.sign()
+        moved = _stepped(copy, queries[parents], classes, step, targeted=targeted)
         session.ask(moved.clamp(low, high), indices[parents])
     queries, answers, _ = session.asked()
     trained = recipe.train(queries, session.learnable(answers), seed=session.seed, progress=session.progress)
@@ -125,6 +123,12 @@ def _other_classes(classes: Tensor, count: int, generator: torch.Generator) -> T
     """For each class another one of 0..count-1, uniformly."""
     shift = torch.randint(1, count, classes.shape, generator=generator).to(classes.device)
     return (classes + shift) % count
+
+
+def _stepped(model: nn.Module, inputs: Tensor, classes: Tensor, step: float, *, targeted: bool) -> Tensor:
+    """Inputs one step up the logit of `classes`, or, targeted, one step down the loss to them."""
+    slope = _gradient(model, inputs, classes, loss=targeted)
+    return inputs + (-step if targeted else step) * slope.sign()
 
 
 def _gradient(model: nn.Module, inputs: Tensor, classes: Tensor, *, loss: bool) -> Tensor:
