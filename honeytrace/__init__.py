@@ -10,11 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from honeytrace import baselines as baselines
     from honeytrace import data as data
     from honeytrace import doctor as doctor
+    from honeytrace import evaluation as evaluation
     from honeytrace import extraction as extraction
     from honeytrace import models as models
     from honeytrace import ops as ops
+    from honeytrace import removal as removal
     from honeytrace import training as training
     from honeytrace.ops import reference as reference
     from honeytrace.ops.rule import WatermarkRule as WatermarkRule
@@ -34,13 +37,16 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Verdict": ("honeytrace.ownership.verdict", "Verdict"),
     "Watermark": ("honeytrace.watermark.watermark", "Watermark"),
     "WatermarkRule": ("honeytrace.ops.rule", "WatermarkRule"),
+    "baselines": ("honeytrace.baselines", None),
     "calibrate": ("honeytrace.watermark.calibration", "calibrate"),
     "data": ("honeytrace.data", None),
     "doctor": ("honeytrace.doctor", None),
+    "evaluation": ("honeytrace.evaluation", None),
     "extraction": ("honeytrace.extraction", None),
     "models": ("honeytrace.models", None),
     "ops": ("honeytrace.ops", None),
     "reference": ("honeytrace.ops.reference", None),
+    "removal": ("honeytrace.removal", None),
     "rehearse": ("honeytrace.rehearsal", "rehearse"),
     "training": ("honeytrace.training", None),
     "verify": ("honeytrace.ownership.verify", "verify"),
@@ -52,14 +58,17 @@ __all__ = [
     "Watermark",
     "WatermarkRule",
     "__version__",
+    "baselines",
     "calibrate",
     "data",
     "doctor",
+    "evaluation",
     "extraction",
     "models",
     "ops",
     "reference",
     "rehearse",
+    "removal",
     "training",
     "verify",
 ]
