@@ -39,16 +39,34 @@ class Config:
     registers: int | None = None
 
 
-# (path, kind) -> config. Paths: "tile" many queries on vector units, "few" one query at a time, "dot" tensor
-# cores. Kinds: "light" where a difference costs two or three instructions (l1, l2, cosine and exponents by
-# products), "heavy" where it costs a logarithm and an exponential.
-TABLE: dict[tuple[str, str], Config] = {
-    ("tile", "light"): Config(block_q=16, block_m=128, warps=4, registers=248),
-    ("tile", "heavy"): Config(block_q=16, block_m=128, warps=4, unroll=1, registers=248),
-    ("few", "light"): Config(block_q=1, block_m=16, warps=4),
-    ("few", "heavy"): Config(block_q=1, block_m=16, warps=4, unroll=1),
-    ("dot", "light"): Config(block_q=64, block_m=64, warps=4, block_d=32, stages=3),
+# Where many tiles wait, a large one: a thread of 16 x 128 has 16 pairs for five loads. Where tiles are too
+# few to fill the device, a small one: twice as many programs, and for l1 (119 registers of a thread
+# instead of 177 to 209) twice as many blocks on a multiprocessor. "few" reads the bank once whatever its
+# size. Tiles of fewer than 64 queries would lose the H100's wide tensor instructions, so "dot" halves the
+# rows.
+_TILE = {
+    "large": Config(block_q=16, block_m=128, warps=4, registers=248),
+    "small": Config(block_q=16, block_m=64, warps=4, registers=248),
 }
+_DOT = {
+    "large": Config(block_q=64, block_m=64, warps=4, block_d=32, stages=3),
+    "small": Config(block_q=64, block_m=32, warps=4, block_d=32, stages=3, registers=184),
+}
+_FEW = Config(block_q=1, block_m=16, warps=4)
+_METRICS = ("l1", "l2", "cosine", "lp", "lp any")
+
+TABLE: dict[tuple[str, str, str], Config] = {
+    **{("tile", metric, size): _TILE[size] for metric in _METRICS for size in _TILE},
+    **{("few", metric, size): _FEW for metric in _METRICS for size in _TILE},
+    **{("dot", metric, size): _DOT[size] for metric in ("l2", "cosine") for size in _DOT},
+    # A difference costs a logarithm and an exponential: one feature a turn keeps the code in the cache.
+    ("tile", "lp any", "large"): dataclasses.replace(_TILE["large"], unroll=1),
+    ("tile", "lp any", "small"): dataclasses.replace(_TILE["small"], unroll=1),
+    ("few", "lp any", "large"): dataclasses.replace(_FEW, unroll=1),
+    ("few", "lp any", "small"): dataclasses.replace(_FEW, unroll=1),
+}
+"""(path, metric, size class) -> config. Paths: "tile" many queries on vector units, "few" one query at a
+time, "dot" tensor cores. "lp" is an exponent that products reach, "lp any" another one."""
 
 RESCORE = Config(block_q=1, block_m=16, warps=4, registers=168)
 """The second pass after the tensor cores; `block_m` does not count, it takes the candidates there are."""
@@ -65,11 +83,16 @@ _INTERPRETER: dict[str, Config] = {
 """The interpreter pays for every operation, not for its elements: large tiles."""
 
 
-def distance_config(path: str, heavy: bool) -> Config:
-    """The config of a path ("tile", "few", "dot")."""
-    if INTERPRETED:
-        return _INTERPRETER[path]
-    return TABLE[path, "heavy" if heavy else "light"]
+def distance_config(path: str, metric: str, size: str = "large") -> Config:
+    """The config of a path, a metric and a size class, as `TABLE` names them."""
+    return _INTERPRETER[path] if INTERPRETED else TABLE[path, metric, size]
+
+
+def size_class(path: str, metric: str, batch: int, groups: int, rows: int, device: torch.device) -> str:
+    """ "large" where the large tiles of a problem fill the device twice, else "small"."""
+    config = TABLE[path, metric, "large"]
+    programs = cdiv(batch, config.block_q) * cdiv(rows, config.block_m) * groups
+    return "large" if programs >= 2 * multiprocessors(device) else "small"
 
 
 @functools.lru_cache(maxsize=64)

@@ -29,7 +29,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .configs import FEW_QUERIES, RESCORE, Config, bank_splits, distance_config
+from .configs import FEW_QUERIES, RESCORE, Config, bank_splits, distance_config, size_class
 from .language import INTERPRETED, OPTIONS, cdiv, jit, jit_unspecialized, power_of_two, tl
 from .numerics import half_power, is_finite, power
 
@@ -766,6 +766,11 @@ def _halves(metric: int, p: float) -> tuple[int, int]:
     return LP, int(2 * p) if p <= 16 and 2 * p == int(2 * p) else 0
 
 
+def metric_name(metric: int, halves: int) -> str:
+    """As the table of `configs` calls a metric and what `_halves` says of its exponent."""
+    return ("l1", "l2", "lp" if halves else "lp any", "cosine")[metric]
+
+
 def _float32(x: float) -> tuple[float, float]:
     """x as the sum of two float32."""
     high = torch.tensor(x, dtype=torch.float64, device="cpu").to(torch.float32).item()
@@ -835,8 +840,9 @@ def feature_distance(
     metric, halves = _halves(metric, p)
     # One query at a time is what the interpreter is slowest at; the tests ask for the other paths by name.
     path = path or ("tile" if INTERPRETED else choose_path(metric, batch, size, k))
-    heavy = metric == LP and halves == 0
-    config = config or distance_config(path, heavy)
+    name = metric_name(metric, halves)
+    size_of_problem = size_class(path, name, batch, groups, size, features.device)
+    config = config or distance_config(path, name, size_of_problem)
     queries = queries or prepare(features, metric == COSINE)
     above = features.new_empty((batch, groups), dtype=torch.int64)
 

@@ -124,11 +124,11 @@ def cases() -> Iterator[Case]:
         ("lp", LP, 0),
         ("cosine", COSINE, 0),
     )
-    for path in ("tile", "few"):
+    for path, size in (("tile", "large"), ("tile", "small"), ("few", "large")):
         for metric, code, halves in metrics:
-            config = TABLE[path, "heavy" if metric == "lp" else "light"]
+            config = TABLE[path, kernels.metric_name(code, halves), size]
             yield Case(
-                f"nearest {path} {metric}",
+                f"nearest {path} {metric}{' small' if size == 'small' else ''}",
                 kernels.nearest_kernel,
                 _types(kernels.nearest_kernel, "fp32"),
                 {
@@ -145,10 +145,15 @@ def cases() -> Iterator[Case]:
                 registers=config.registers,
                 aligned=("width",),
             )
-    dot = TABLE["dot", "light"]
-    for metric, code, data in (("l2", L2, "fp32"), ("l2 bfloat16", L2, "bf16"), ("cosine", COSINE, "fp32")):
+    for name, metric, code, data, size in (
+        ("l2", "l2", L2, "fp32", "large"),
+        ("l2 small", "l2", L2, "fp32", "small"),
+        ("l2 bfloat16", "l2", L2, "bf16", "large"),
+        ("cosine", "cosine", COSINE, "fp32", "large"),
+    ):
+        dot = TABLE["dot", metric, size]
         yield Case(
-            f"candidates {metric}",
+            f"candidates {name}",
             kernels.candidates_kernel,
             _types(kernels.candidates_kernel, data),
             {

@@ -20,7 +20,7 @@ from honeytrace import WatermarkRule, ops, reference
 from honeytrace.kernels import compose as compose_kernels
 from honeytrace.kernels import feature_distance as kernels
 from honeytrace.kernels import watermark_mix as mix_kernels
-from honeytrace.kernels.configs import TABLE, Config, bank_splits
+from honeytrace.kernels.configs import TABLE, Config, bank_splits, size_class
 from honeytrace.kernels.language import INTERPRETED
 from honeytrace.kernels.philox import philox
 from honeytrace.ops import registry
@@ -231,6 +231,17 @@ def test_paths_and_splits():
             parts = bank_splits(programs, tiles, torch.device("cpu"), 128)
             assert (parts - 1) * -(-tiles // parts) < tiles  # the last part is not empty
     assert all(c.block_q in (1, 16, 32, 64, 128) for c in TABLE.values())
+    # On a device of one multiprocessor two tiles are enough.
+    cpu = torch.device("cpu")
+    assert size_class("tile", "l1", 16, 1, 128, cpu) == "small"
+    assert size_class("tile", "l1", 17, 1, 128, cpu) == "large"
+    assert size_class("dot", "l2", 64, 2, 64, cpu) == "large"
+    assert [kernels.metric_name(*kernels._halves(2, p)) for p in (1, 2, 1.5, 4.7)] == [
+        "l1",
+        "l2",
+        "lp",
+        "lp any",
+    ]
 
 
 # Hash, Philox, mixing, compose ----------------------------------------------------------------------
