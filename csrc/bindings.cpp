@@ -177,6 +177,12 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.def("simd_level", [] { return std::string(kernels().name); });
     module.def("set_simd_level", &set_level, py::arg("name"));
     module.def("pool_workers", &pool_workers);
+    module.def(
+        "_ceiling",
+        [](int metric, double p, uint64_t repeats) {
+            return kernels().ceiling(neighbours_of(1, 1, metric, p).metric, p, repeats);
+        },
+        Release(), py::arg("metric"), py::arg("p"), py::arg("repeats"));
     module.def("_set_exhaustive", &set_exhaustive, py::arg("on"));
     module.def("_forget_bounds", &forget_bounds);
     module.def("_bounded_counts", [] {

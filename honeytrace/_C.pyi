@@ -143,6 +143,10 @@ def set_simd_level(name: str) -> None:
 def pool_workers() -> int:
     """Threads of the pool that this process has started so far; 0 before the first parallel call."""
 
+def _ceiling(metric: int, p: float, repeats: int) -> int:
+    """For benches: the distance kernel's inner loop on operands in the first-level cache, ``repeats`` times; the
+    number of features that were compared, one for each pair."""
+
 def _set_exhaustive(on: bool) -> None:
     """For tests: whether `watermark` computes every distance in full. Its results do not depend on it."""
 

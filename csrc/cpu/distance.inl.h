@@ -522,4 +522,32 @@ inline void distance_kernel(const DistanceTask& task) {
     }
 }
 
+// The inner loop of a full tile on operands that never leave the first-level cache: what the machine could do.
+template <class M>
+uint64_t ceiling_of(const M& metric, uint64_t repeats) {
+    constexpr size_t kFeatures = 64;
+    constexpr int kPanels = kQueryTile >= 16 ? 1 : kPanelsOf4;
+    alignas(64) float queries[kFeatures * kQueryTile], panels[kFeatures * kLanes * kPanels];
+    for (float& value : queries) value = 1.0f;
+    for (float& value : panels) value = 2.0f;
+    Lanes sums[kQueryTile * kPanels];
+    for (Lanes& sum : sums) sum = fill(0.0f);
+    for (uint64_t i = 0; i < repeats; ++i) {
+        tile_sums<kQueryTile, kPanels, false>(metric, queries, panels, nullptr, kFeatures, 0, kFeatures, sums);
+        __asm__ volatile("" : : "r"(queries), "r"(panels), "r"(sums) : "memory");
+    }
+    return repeats * kFeatures * kLanes * kQueryTile * kPanels;
+}
+
+// For benches: l1, l2, lp with p = 3 and p = 1.5, cosine; returns the features of pairs that were compared.
+inline uint64_t ceiling_kernel(Metric metric, double p, uint64_t repeats) {
+    switch (metric) {
+        case Metric::kL1: return ceiling_of(L1{}, repeats);
+        case Metric::kL2: return ceiling_of(L2{}, repeats);
+        case Metric::kCosine: return ceiling_of(Cosine{}, repeats);
+        case Metric::kLp: return p == 1.5 ? ceiling_of(LpThreeHalves{}, repeats) : ceiling_of(L3{}, repeats);
+    }
+    return 0;
+}
+
 }  // namespace honeytrace::HONEYTRACE_LEVEL

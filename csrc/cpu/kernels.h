@@ -128,6 +128,7 @@ struct Kernels {
     void (*normalise_rows)(const DistanceTask&);
     void (*transpose)(const TransposeTask&);
     void (*distance)(const DistanceTask&);
+    uint64_t (*ceiling)(Metric metric, double p, uint64_t repeats);
     void (*sign_hash)(const HashTask&);
     Softmax (*softmax)(const SoftmaxTask&);
     void (*bend)(const BendTask&);
