@@ -1,11 +1,11 @@
 """How much faster `feature_distance` is than torch, FAISS and NumKong, on random and on real features.
 
 Baselines: `broadcast`: differences in memory, sum and topk, as the published code does it; `torch`:
-torch.cdist and topk for l1 and lp, the matrix product and topk for l2 and cosine (torch's fastest chain,
-though it cancels for near rows); `compiled`: torch.compile of `broadcast`, on request; `faiss`: IndexFlat of the
-same metric; `numkong`: its cdist and topk, for l2 and cosine. FAISS and NumKong are left out by name where
-they are not installed. `ceiling`: our inner loop on operands in the first-level cache, as long as it would take for
-the same work on all threads.
+torch.cdist and topk for l1 and lp, the matrix product and topk for l2 and cosine (torch's fastest way,
+though it cancels for near rows); `compiled`: torch.compile of `broadcast`, on request; `faiss`: IndexFlat of
+the same metric; `numkong`: its cdist and topk, for l2 and cosine. FAISS and NumKong are left out by name where
+they are not installed. `ceiling`: our inner loop on operands in the first-level cache, as long as it would
+take for the same work on all threads.
 
     python bench/bench_feature_distance.py [--quick] [--threads N] [--compile]
         [--json FILE] [--markdown FILE] [--plot FILE]
