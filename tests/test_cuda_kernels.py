@@ -120,8 +120,10 @@ def test_kernels_parts_and_positions_give_the_same_bits(randn, machine, metric, 
     assert all(torch.equal(x, y[:20]) for x, y in zip(nearest(q[:20], b, 3, metric, p), whole, strict=True))
 
 
-@pytest.mark.parametrize("order", ["reverse", "shuffle"])
-def test_no_answer_hangs_on_the_order_of_threads(randn, machine, monkeypatch, order):
+@pytest.mark.parametrize(
+    ("order", "copies"), [("reverse", "late"), ("shuffle", "early"), ("as it is", "early")]
+)
+def test_no_answer_hangs_on_the_order_of_threads_and_copies(randn, machine, monkeypatch, order, copies):
     q, z, b, r = randn(20, 70), 2 * randn(20, 9), randn(2, 70, 70), 3 * randn(2, 9)
     planes = randn(64, 70)
     rule = WatermarkRule(offset=1.15, scale=0.3, k=5, metric="l1", flip_bins=4, confidence_weight=0.1)
@@ -129,6 +131,7 @@ def test_no_answer_hangs_on_the_order_of_threads(randn, machine, monkeypatch, or
         ordered = ops.watermark(q, z, b, r, planes, rule=rule, seed=SEED)
         with monkeypatch.context() as patch:
             patch.setenv("HT_SIMT_ORDER", order)
+            patch.setenv("HT_SIMT_COPIES", copies)
             other = ops.watermark(q, z, b, r, planes, rule=rule, seed=SEED)
         assert all(torch.equal(x, y) for x, y in zip(ordered, other, strict=True))
 

@@ -65,7 +65,8 @@ struct TileView {
     int valid_rows;                // of the tile
 };
 
-// Sums of the tile. False: every pair has passed its bound before the end, the sums are incomplete.
+// Sums of the tile. False: every pair has passed its bound before the end, the sums are incomplete. The block is in
+// step again when it returns.
 template <class M>
 HT_DEVICE bool tile_sums(const M& metric, const DistanceProblem& problem, const TileView& view, TileMemory& memory,
                          const float (&inverse)[kRowsOfThread], float (&total)[kQueriesOfThread][kRowsOfThread]) {
@@ -231,9 +232,8 @@ tile_kernel(M metric, DistanceProblem problem) {
         }
         float total[kQueriesOfThread][kRowsOfThread];
         if (tile_sums(metric, problem, view, memory, inverse, total)) {
-            sync_block();  // distances take the place of the last chunk
+            // All threads are past the last chunk, whose place the distances take, and behind them past those.
             tile_distances(metric, problem, view, memory, tile_query, inverse, total);
-            sync_block();
             tile_select(metric, problem, view, memory, tile_query, group, panel * kPanel);
         } else if (thread_index() < kTile) {
             memory.skipped[thread_index()] |= memory.by_limit[thread_index()] ? kLeftOut | kStopped : kStopped;

@@ -1,9 +1,9 @@
 // csrc/cuda/simt.h for a host compiler: each thread of a block is a fibre, and blocks run one after the other.
 //
 // It is stricter than a GPU. A barrier that some thread of its block or warp does not reach aborts, copies to shared
-// memory land only when they are waited for, loads of 16 bytes must be aligned, shared memory starts as NaNs, and
-// HT_SIMT_ORDER=reverse|shuffle runs the fibres in another order, so that an answer which hangs on a missing barrier
-// changes.
+// memory land only when they are waited for (HT_SIMT_COPIES=early: at once), loads of 16 bytes must be aligned, shared
+// memory starts as NaNs, and HT_SIMT_ORDER=reverse|shuffle runs the fibres in another order: an answer that hangs on a
+// missing barrier changes.
 #pragma once
 
 #include <setjmp.h>
@@ -182,6 +182,12 @@ inline void run(dim3 grid, int threads, size_t shared, const std::function<void(
             }
 }
 
+// Copies may land at once or when they are waited for; by default the latter.
+inline bool early_copies() {
+    const char* name = std::getenv("HT_SIMT_COPIES");
+    return name && name[0] == 'e';
+}
+
 inline void check_aligned(const void* p) {
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0) fail("16 bytes at an address that is not a multiple of 16");
 }
@@ -271,6 +277,7 @@ inline void copy_async(float* shared, const float* global, bool there) {
     if (there) simt::check_aligned(global);
     simt::Copy copy{shared, {0.0f, 0.0f, 0.0f, 0.0f}};
     if (there) std::memcpy(copy.value, global, sizeof copy.value);
+    if (simt::early_copies()) std::memcpy(shared, copy.value, sizeof copy.value);
     simt::block()->fibres[simt::thread()].open.push_back(copy);
 }
 inline void commit_copies() {
