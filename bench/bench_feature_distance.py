@@ -3,7 +3,8 @@
 Baselines: `broadcast`: differences in memory, sum and topk, as the published code does it; `torch`:
 torch.cdist and topk for l1 and lp, the matrix product and topk for l2 and cosine (torch's fastest way,
 though it cancels for near rows); `compiled`: torch.compile of `broadcast`, on request; `faiss`: IndexFlat of
-the same metric; `numkong`: its cdist and topk, for l2 and cosine. FAISS and NumKong are left out by name where
+the same metric; `numkong`: its cdist and topk, for l2 and cosine. FAISS and NumKong are left out
+by name where
 they are not installed. `ceiling`: our inner loop on operands in the first-level cache, as long as it would
 take for the same work on all threads.
 

@@ -3,7 +3,8 @@
 Time is the processor's time of this process, which work beside it disturbs least; the limits leave room for
 what is left. Seen on an AMD EPYC (Zen 4) with AVX-512 (AVX2): l1 at (256, 500, 512), k = 10: 22 (22) times
 cdist and topk and 2.1 times FAISS; l2 1.8 (1.6), cosine 1.7 (1.5) times the matrix product and topk; mixing
-at (256, 100) 5.3 times the eager chain; `watermark` on far queries 2.8 times its exhaustive self, on data that
+at (256, 100) 5.3 times the eager chain; `watermark` on far queries 2.8 times its exhaustive self,
+on data that
 defeat the bounds 0.97 times.
 """
 
