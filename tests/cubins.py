@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,8 +64,10 @@ class Kernel:
         return min(by_registers, limit // (shared + 1024), 2048 // threads)
 
 
-def output(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+def output(*command: str | Path, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=cwd
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -100,22 +103,38 @@ def read(cubin: Path, capability: int) -> list[Kernel]:
 def compile_all(
     flags: list[str], sources: list[str], capabilities: list[int], directory: Path
 ) -> dict[tuple[str, int], Kernel]:
-    """(name, capability) -> kernel, for all sources and capabilities."""
+    """(name, capability) -> kernel. The objects stay in `directory`."""
 
-    def compile_one(case: tuple[str, int]) -> list[Kernel]:
-        source, capability = case
-        target = directory / f"{Path(source).stem}.{capability}.cubin"
-        architecture = f"-gencode=arch=compute_{capability},code=sm_{capability}"
-        output(str(nvcc()), *flags, f"-I{ROOT / 'csrc'}", architecture, "-cubin", ROOT / source, "-o", target)
-        return read(target, capability)
+    def compile_one(source: str) -> list[Kernel]:
+        target = directory / f"{Path(source).name}.o"
+        architectures = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in capabilities]
+        output(str(nvcc()), *flags, f"-I{ROOT / 'csrc'}", *architectures, "-c", ROOT / source, "-o", target)
+        output(str(tool("cuobjdump")), "-xelf", "all", target, cwd=directory)
+        return [
+            kernel
+            for number in capabilities
+            for cubin in directory.glob(f"{Path(source).name}.*.sm_{number}.cubin")
+            for kernel in read(cubin, number)
+        ]
 
-    cases = [(source, capability) for source in sources for capability in capabilities]
     with ThreadPoolExecutor(2) as pool:
-        return {
-            (kernel.name, kernel.capability): kernel
-            for kernels in pool.map(compile_one, cases)
-            for kernel in kernels
-        }
+        found = [kernel for kernels in pool.map(compile_one, sources) for kernel in kernels]
+    return {(kernel.name, kernel.capability): kernel for kernel in found}
+
+
+def link(directory: Path) -> Path:
+    """honeytrace._cuda of the objects in `directory`, with nvcc's runtime linked in, as setup.py does it."""
+    import pybind11
+
+    bindings, module = directory / "bindings.o", directory / "_cuda.so"
+    described = [f'-DHONEYTRACE_{name}="x"' for name in ("VERSION", "COMPILER", "ARCHITECTURES")]
+    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    command = ["c++", "-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", *described]
+    command += [f"-I{path}" for path in includes]
+    output(*command, "-c", ROOT / "csrc/bindings_cuda.cpp", "-o", bindings)
+    objects = sorted(directory.glob("*.cu.o"))
+    output(str(nvcc()), "-shared", "-cudart=static", *objects, bindings, "-o", module)
+    return module
 
 
 def capabilities() -> list[int]:
@@ -124,7 +143,7 @@ def capabilities() -> list[int]:
     return sorted(number for number in found if number >= 80)
 
 
-FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 SOURCES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
 TELLING = ["LDG.E.128", "LDGSTS.E", "LDS.128", "STG.E.128", "FADD", "FFMA", "DFMA", "MUFU", "SHFL", "BAR"]
 
