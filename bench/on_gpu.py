@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import machine
 from roofline import Work, device_of
 
-from honeytrace.doctor import doctor
 from honeytrace.ops import registry
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -173,9 +173,9 @@ def write(title: str, stem: str, rows: list[Row], options: argparse.Namespace) -
     card = torch.cuda.get_device_name().lower().replace(" ", "-")
     directory = options.output or RESULTS / card
     directory.mkdir(parents=True, exist_ok=True)
-    machine = {"doctor": doctor(), "dtype": options.dtype, "calls": options.calls}
+    facts = {**machine(), "gpu": torch.cuda.get_device_name(), "dtype": options.dtype, "calls": options.calls}
     table = [{**dataclasses.asdict(row), "share": row.share} for row in rows]
-    text = json.dumps({"machine": machine, "rows": table}, indent=1, default=str)
+    text = json.dumps({"machine": facts, "rows": table}, indent=1, default=str)
     (directory / f"{stem}.json").write_text(text + "\n")
     (directory / f"{stem}.md").write_text(markdown(title, rows))
     print(f"written: {directory / stem}.json and .md")
