@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +107,7 @@ def mea_defender(
         com = [(divergence(wm, part) - com_slack).clamp_min(0).mean() for part in (of_a, of_b)]
         losses.append(ver_weight * ver + com_weight * (com[0] + com[1]))
         if eva_weight:
-            losses.append(eva_weight * either(evading, evasion.one, evasion.other).mean())
+            losses.append(eva_weight * functional.cross_entropy(evading, evasion.labels))
         return weighted_backward(losses, weights)
 
     steps = epochs * -(-len(train.inputs) // _BATCH)
@@ -127,14 +126,6 @@ def divergence(watermarked: Tensor, source: Tensor) -> Tensor:
     return (inner.exp() * (inner - source.log_softmax(1))).sum(1)
 
 
-class Evasion(NamedTuple):
-    """Combined samples that must not set the watermark off, with the labels of both halves."""
-
-    inputs: Tensor
-    one: Tensor
-    other: Tensor
-
-
 def evasion_samples(
     train: Split,
     rows: Tensor,
@@ -142,8 +133,9 @@ def evasion_samples(
     ways: tuple[Combiner, list[Combiner]],
     count: int,
     generator: torch.Generator,
-) -> Evasion:
-    """The sources combined in another way than the watermark's, and other classes combined in its way.
+) -> Split:
+    """The sources combined in another way than the watermark's, and other classes combined in its way, each
+    with one of its two labels by lot.
 
     Args:
         rows: of a batch of `train`; the other classes are taken from it.
@@ -157,21 +149,10 @@ def evasion_samples(
     labels = train.labels[pairs]
     marked = torch.tensor(sources).sort().values
     kept = (labels.sort(1).values != marked).any(1)
-    own = torch.tensor(sources).expand(len(left), 2)
-    told = torch.cat([own, labels[kept]])
     crossed = mix(train.inputs[pairs[kept, 0]], train.inputs[pairs[kept, 1]])
-    return Evasion(torch.cat([way(left, right), crossed]), told[:, 0], told[:, 1])
-
-
-def either(logits: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """-log of the probability of one label or the other, logits [B, C] and labels [B]: [B].
-
-    The paper's cross entropy to one of two true labels, without the log 2 that a choice by lot would cost:
-    MGDA weighs a loss that cannot become 0 ever more.
-    """
-    log_probs = logits.log_softmax(1)
-    first, second = (log_probs.gather(1, label[:, None])[:, 0] for label in (one, other))
-    return -torch.where(one == other, first, torch.logaddexp(first, second))
+    told = torch.cat([torch.tensor(sources).expand(len(left), 2), labels[kept]])
+    side = torch.randint(2, (len(told), 1), generator=generator)
+    return Split(torch.cat([way(left, right), crossed]), told.gather(1, side)[:, 0])
 
 
 def weighted_backward(losses: list[Tensor], weights: list[nn.Parameter]) -> Tensor:
