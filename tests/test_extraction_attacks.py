@@ -12,6 +12,7 @@ from honeytrace import data, extraction, models, training
 from honeytrace.extraction import ATTACKS, Extraction, Recipe, api
 from honeytrace.extraction.adaptive import _reward
 from honeytrace.extraction.answer_statistics import mixed_in
+from honeytrace.extraction.bent_hunting import _cross_fitted
 from honeytrace.extraction.guessed_bank import _fitted_marks
 from honeytrace.extraction.jacobian import _other_classes, _stepped
 from honeytrace.extraction.nearest_rows import nearest_rows
@@ -126,6 +127,9 @@ def test_the_seed_fixes_everything(name: str) -> None:
     assert all(torch.equal(weights[key], same[key]) for key in weights)
     assert all(torch.equal(mine, its) for mine, its in zip(first[1:7], again[1:7], strict=True))
     assert not torch.equal(first.queries, other.queries)
+    if name not in ("s4l", "bootstrap", "co-teaching", "transfer"):  # these do not just train from scratch
+        record, _ = QUICK.train(first.queries[first.kept], first.targets, seed=3)
+        assert all(torch.equal(weights[key], value) for key, value in record.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -337,6 +341,16 @@ def test_made_up_marks_add_one_class() -> None:
     assert (marked - clean).amax() <= 0.3
 
 
+def test_shadows_carry_a_watermark_of_the_attackers_own() -> None:
+    pool = world().splits.pool.inputs[:600]
+    labels = api(world().victim, answers="labels")(pool)
+    shadows = [extraction.honeytrace_defence(world().victim, pool, labels, seed) for seed in (1, 2)]
+    clean, *defended = (api(model)(pool) for model in (world().victim, *shadows))
+    bent = [(answers - clean).abs().sum(1) > 0.05 for answers in defended]
+    assert all(0.02 < rows.double().mean() < 0.4 for rows in bent)
+    assert not torch.equal(*bent)
+
+
 @pytest.mark.parametrize("name", ["d-dae", "d-dae-plus", "bayes"])
 def test_recovery_brings_marked_answers_back(name: str) -> None:
     """The API mixes in another class than the defence of the attacker's shadows does."""
@@ -434,6 +448,16 @@ def test_a_hunter_who_gets_labels_finds_flips(clean: bool) -> None:
     truth = api(victim, answers="labels")(mended.queries)
     assert (mended.targets != truth)[lies].double().mean() < 0.7  # measured: 0.2 to 0.5; unrepaired 1
     assert len(mended.kept) == 600
+
+
+def test_cross_fitted_models_did_not_learn_what_they_judge() -> None:
+    """Inputs that have nothing in common and labels by chance: only who learned a row knows its label."""
+    labels = torch.randint(2, (60,), generator=torch.Generator().manual_seed(0))
+    learner = Recipe(lambda: nn.Linear(60, 2), epochs=40, batch_size=10, learning_rate=0.1)
+    expected = _cross_fitted(torch.eye(60), labels, torch.arange(60), learner, 3, 0, None)
+    assert extraction.agreement(expected.argmax(1), labels) < 0.8  # measured: 0.6; with their own rows: 1
+    distrusted = _cross_fitted(torch.eye(60), labels, torch.arange(30), learner, 3, 0, None)
+    assert extraction.agreement(distrusted.argmax(1)[30:], labels[30:]) < 0.8  # measured: 0.63
 
 
 @pytest.mark.parametrize("guess", ["clusters", "composites"])
