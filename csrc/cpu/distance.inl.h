@@ -17,6 +17,7 @@
 
 #include "core/metrics.h"
 #include "core/topk.h"
+#include "cpu/layout.h"
 #include "cpu/vec.h"
 
 namespace honeytrace::HONEYTRACE_LEVEL {
@@ -65,6 +66,11 @@ HT_INLINE void tile_sums(const M& metric, const float* queries, const float* pan
                 sums[q * NP + n] = first ? sum[q][n] : add(sums[q * NP + n], sum[q][n]);
         }
     }
+}
+
+// Where the sums of a query are kept between passes.
+HT_INLINE float* partial_of(const DistanceTask& task, size_t query) {
+    return task.partial + query * partial_stride(task.rows);
 }
 
 // One query as the rare paths below read it: its features in the order of the panels.
@@ -224,7 +230,7 @@ __attribute__((noinline)) void tile(const M& metric, const DistanceTask& task, c
         rows = task.unit_panels + panel % panel_step(task.features) * task.features * kLanes;
     Lanes sums[QT * NP];
     for (int i = 0; i < QT * NP; ++i)
-        sums[i] = pass.begin == 0 ? fill(0.0f) : load(task.partial_of(queries[i / NP]) + (panel + i % NP) * kLanes);
+        sums[i] = pass.begin == 0 ? fill(0.0f) : load(partial_of(task, queries[i / NP]) + (panel + i % NP) * kLanes);
     tile_sums<QT, NP, kScales>(metric, packed_queries, rows, inverse_norms, task.features, pass.begin, pass.end, sums);
     for (int n = 0; n < NP; ++n) {
         const PanelLanes lanes = lanes_of<M>(task, panel + n);
@@ -232,7 +238,7 @@ __attribute__((noinline)) void tile(const M& metric, const DistanceTask& task, c
             if (pass.end == task.features) {
                 offer_panel(metric, task, sums[q * NP + n], queries[q], panel + n, lanes);
             } else {
-                store(task.partial_of(queries[q]) + (panel + n) * kLanes, sums[q * NP + n]);
+                store(partial_of(task, queries[q]) + (panel + n) * kLanes, sums[q * NP + n]);
             }
         }
     }
@@ -293,7 +299,7 @@ void run_pass(const M& metric, const DistanceTask& task, const Pass& pass) {
     pack_queries<4>(task, pass, &packed);
     pack_queries<1>(task, pass, &packed);
 
-    const size_t panels = task.panels(), step = panel_step(task.features);
+    const size_t panels = panels_of(task.rows), step = panel_step(task.features);
     for (size_t panel = 0; panel < panels; panel += step) {
         const size_t end = panel + step < panels ? panel + step : panels;
         if constexpr (M::kCosine) {
@@ -349,7 +355,7 @@ enum class Outlook { kProven, kHopeful, kHopeless };
 template <class M>
 float mean_bound(const M& metric, const DistanceTask& task, const float* partial, size_t query) {
     SmallestK smallest = empty_set(task.keys + query * task.k, task.k);
-    for (size_t panel = 0; panel < task.panels(); ++panel) {
+    for (size_t panel = 0; panel < panels_of(task.rows); ++panel) {
         const PanelLanes lanes = lanes_of<M>(task, panel);
         const Lanes sum = load(partial + panel * kLanes);
         uint32_t candidates = lanes.rows & (bits(less(sum, fill(bound_of(smallest)))) | lanes.unusual);
@@ -378,10 +384,10 @@ float mean_bound(const M& metric, const DistanceTask& task, const float* partial
 // a mean of such rows to be so after all its roundings.
 template <class M>
 Outlook outlook_of(const M& metric, const DistanceTask& task, size_t query, size_t seen, float enough, float beyond) {
-    const float* partial = task.partial_of(query);
+    const float* partial = partial_of(task, query);
     const Lanes threshold = fill(beyond);
     size_t near_rows = 0;
-    for (size_t panel = 0; panel < task.panels(); ++panel) {
+    for (size_t panel = 0; panel < panels_of(task.rows); ++panel) {
         const PanelLanes lanes = lanes_of<M>(task, panel);
         const Lanes sum = load(partial + panel * kLanes);
         const uint32_t near = lanes.rows & (~bits(less(threshold, sum)) | lanes.unusual);

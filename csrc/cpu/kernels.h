@@ -30,18 +30,6 @@ struct LoadTask {
     uint8_t* finite;
 };
 
-// Floats from one query's partial sums to the next one's: an odd number of cache lines, so that the rows of a tile do
-// not all fall into the same few sets of the cache.
-constexpr size_t partial_stride(size_t rows) { return ((rows + kLanes - 1) / kLanes | 1) * kLanes; }
-
-// Panels that stay in the second-level cache while all queries of a block pass over them. Of whole panels, though a
-// pass may read a part: parts at the distance of panels share few sets of the cache.
-constexpr size_t kPanelBytes = 256 * 1024;
-constexpr size_t panel_step(size_t features) {
-    const size_t fitting = kPanelBytes / (features * kLanes * sizeof(float));
-    return fitting < 8 ? 8 : fitting - fitting % 8;
-}
-
 // How the distances of a bounded task were decided, in queries of a group.
 struct BoundedCounts {
     uint64_t without_looking;  // no distance could be small enough
@@ -76,9 +64,6 @@ struct DistanceTask {
     size_t distance_stride;
     int32_t* index;  // k of query i at index[i * index_stride], or null
     size_t index_stride;
-
-    size_t panels() const { return (rows + kLanes - 1) / kLanes; }
-    float* partial_of(size_t query) const { return partial + query * partial_stride(rows); }
 };
 
 // [rows][columns] at row_stride to [columns][rows].

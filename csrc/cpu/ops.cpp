@@ -12,6 +12,7 @@
 #include "core/halves.h"
 #include "core/topk.h"
 #include "cpu/dispatch.h"
+#include "cpu/layout.h"
 #include "cpu/pool.h"
 
 namespace honeytrace {
@@ -150,7 +151,7 @@ private:
 };
 
 size_t unit_panels(const Bank& bank, const Neighbours& neighbours) {
-    return neighbours.metric == Metric::kCosine ? std::min(bank.panels(), panel_step(bank.features)) : 0;
+    return neighbours.metric == Metric::kCosine ? std::min(bank.panels(), baseline::panel_step(bank.features)) : 0;
 }
 
 void distances_to_group(DistanceTask& task, const Bank& bank, size_t group, float* distance, size_t distance_stride) {
@@ -396,7 +397,7 @@ private:
 // Queries of a block of `watermark`: sums of its block with the whole bank are kept, in at most so much memory.
 constexpr size_t kPartialBytes = 4 * 1024 * 1024;
 size_t bounded_block(size_t block, const Bank& bank) {
-    const size_t fitting = kPartialBytes / (partial_stride(bank.rows) * sizeof(float)) / 16 * 16;
+    const size_t fitting = kPartialBytes / (baseline::partial_stride(bank.rows) * sizeof(float)) / 16 * 16;
     return std::min(block, std::max<size_t>(16, fitting));
 }
 
@@ -451,7 +452,7 @@ void watermark(const RowSource& features, const RowSource& logits, const Bank& b
         AnswerBlock answers(slice(logits, begin, rows), mixing.groups);
         for (size_t i = 0; i < rows; ++i) answers.read(i, with_confidence);
         const QueryBlock queries(slice(features, begin, rows), neighbours.k, unit_panels(bank, neighbours),
-                                 partial_stride(bank.rows));
+                                 baseline::partial_stride(bank.rows));
         const Similarities similarities{queries, answers, bank, rule, with_confidence};
         DistanceTask task = queries.task(neighbours);
         BoundedCounts counts{};
