@@ -24,7 +24,7 @@ using RowsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t>;
 using BankTuple = std::tuple<Address, Address, int64_t, int64_t>;  // packed, norms, groups, rows
 using NeighboursTuple = std::tuple<int64_t, int, double>;          // k, metric, p
 using PlanesTuple = std::tuple<Address, int64_t>;                  // planes, count
-using DeviceTuple = std::tuple<Address, Address, int>;             // stream, workspace, multiprocessors
+using DeviceTuple = std::tuple<int, int, Address, Address>;        // index, multiprocessors, stream, workspace
 using SimilarityTuple = std::tuple<Address, Address, double>;      // offset, scale, confidence weight
 
 template <class T>
@@ -78,8 +78,9 @@ Planes planes_of(const PlanesTuple& tuple) {
 }
 
 Device device_of(const DeviceTuple& tuple) {
-    const auto [stream, workspace, multiprocessors] = tuple;
-    return {between(1, 1 << 16, "multiprocessors", multiprocessors), at<void>(stream), at<void>(workspace)};
+    const auto [index, multiprocessors, stream, workspace] = tuple;
+    return {between(0, 1 << 16, "device", index), between(1, 1 << 16, "multiprocessors", multiprocessors),
+            at<void>(stream), at<void>(workspace)};
 }
 
 // What mixing takes beside its source of similarities.

@@ -20,8 +20,8 @@ Similarity = tuple[int, int, float]
 """float32 offset [G] and scale [G], confidence weight"""
 Rule = tuple[float, float, float, float, int, float, float, float, int]
 """As `honeytrace._C.Rule`."""
-Device = tuple[int, int, int]
-"""stream, workspace (`workspace_bytes`; 0 where none is needed), number of multiprocessors"""
+Device = tuple[int, int, int, int]
+"""index, number of multiprocessors, stream, workspace (`workspace_bytes`; 0 where none is needed)"""
 
 class Plan(TypedDict):
     few: bool

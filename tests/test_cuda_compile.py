@@ -126,7 +126,7 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("_cuda", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-code = module.sign_hash((0, 0, 2, 3, 3), (0, 4), 0, (0, 0, 1))
+code = module.sign_hash((0, 0, 2, 3, 3), (0, 4), 0, (0, 1, 0, 0))
 print(module.error_name(code), module.workspace_bytes(256, 512, 8, 500, 10, 132))
 """
 

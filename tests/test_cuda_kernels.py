@@ -459,5 +459,5 @@ def test_the_bindings_refuse_what_would_crash(module, change, message):
             (given["k"], given["metric"], given["p"]),
             0,
             0,
-            (0, 0, 1),
+            (0, 1, 0, 0),
         )

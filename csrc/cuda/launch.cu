@@ -32,6 +32,12 @@ T* at(const Device& device, size_t offset) {
     return reinterpret_cast<T*>(static_cast<char*>(device.workspace) + offset);
 }
 
+cudaError_t make_current(const Device& device) {
+    int current = -1;
+    const cudaError_t error = cudaGetDevice(&current);
+    return error != cudaSuccess || current == device.index ? error : cudaSetDevice(device.index);
+}
+
 RowsTask rows_task(const RowsView& features) {
     RowsTask task{};
     task.features = features;
@@ -136,6 +142,7 @@ Plan plan_of(int batch, int features, int groups, int rows, int k, int multiproc
 int feature_distance(const RowsView& features, const Bank& bank, const Neighbours& neighbours, float* distance,
                      int32_t* index, const Device& device) {
     if (features.rows == 0) return cudaSuccess;
+    if (const cudaError_t error = make_current(device); error != cudaSuccess) return error;
     const Plan plan = plan_for(features, bank, neighbours, device);
     RowsTask rows = rows_task(features);
     set_prepared(rows, neighbours, plan, device);
@@ -148,6 +155,7 @@ int feature_distance(const RowsView& features, const Bank& bank, const Neighbour
 
 int sign_hash(const RowsView& features, const Planes& planes, int64_t* bucket, const Device& device) {
     if (features.rows == 0) return cudaSuccess;
+    if (const cudaError_t error = make_current(device); error != cudaSuccess) return error;
     RowsTask rows = rows_task(features);
     set_planes(rows, planes, bucket);
     return launch_rows(rows, Role::kHash, 1, device);
@@ -155,6 +163,7 @@ int sign_hash(const RowsView& features, const Planes& planes, int64_t* bucket, c
 
 int watermark_mix(const MixTask& task, const Device& device) {
     if (task.logits.rows == 0) return cudaSuccess;
+    if (const cudaError_t error = make_current(device); error != cudaSuccess) return error;
     HT_LAUNCH(mix_kernel, dim3(static_cast<unsigned>(task.logits.rows)), kThreads, sizeof(MixMemory), device.stream,
               task);
     return cudaGetLastError();
@@ -163,6 +172,7 @@ int watermark_mix(const MixTask& task, const Device& device) {
 int watermark(const RowsView& features, const Bank& bank, const Neighbours& neighbours, const Planes& planes,
               MixTask task, const Device& device) {
     if (features.rows == 0) return cudaSuccess;
+    if (const cudaError_t error = make_current(device); error != cudaSuccess) return error;
     const Plan plan = plan_for(features, bank, neighbours, device);
     int64_t* bucket = at<int64_t>(device, plan.bucket);
     const bool with_confidence = task.far.confidence_weight != 0.0f;
@@ -190,6 +200,7 @@ int watermark(const RowsView& features, const Bank& bank, const Neighbours& neig
 
 int compose(const ComposeTask& task, const Device& device) {
     if (task.count == 0) return cudaSuccess;
+    if (const cudaError_t error = make_current(device); error != cudaSuccess) return error;
     const int64_t of_block = int64_t{kThreads} * kComposed;
     HT_LAUNCH(compose_kernel, dim3(static_cast<unsigned>(divide_up(task.count, of_block))), kThreads, 0, device.stream,
               task);

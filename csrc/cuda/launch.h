@@ -1,5 +1,5 @@
-// The CUDA operations on plain pointers and a stream. Nothing here allocates, waits or touches the current device: the
-// caller gives the workspace (workspace_bytes), so that CUDA graphs can capture every call. Each returns a cudaError_t
+// The CUDA operations on plain pointers and a stream. Nothing here allocates or waits: the caller gives the
+// workspace (Plan::bytes), so that CUDA graphs can capture every call. Each returns a cudaError_t
 // as an integer.
 //
 // A result never depends on the workspace's plan: queries are computed as each would be alone.
@@ -37,8 +37,10 @@ struct Plan {
 
 Plan plan_of(int batch, int features, int groups, int rows, int k, int multiprocessors);
 
+// Where to run. The runtime linked into this module has a current device of its own, so it is told the device; that is
+// the one the caller has made current anyway.
 struct Device {
-    int multiprocessors;
+    int index, multiprocessors;
     void* stream;
     void* workspace;
 };

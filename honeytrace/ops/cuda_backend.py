@@ -70,10 +70,12 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _device(tensor: Tensor, workspace: Tensor | None = None) -> tuple[int, int, int]:
-    """Stream, workspace and number of multiprocessors."""
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
-    return stream, 0 if workspace is None else workspace.data_ptr(), _multiprocessors(tensor.device)
+def _device(tensor: Tensor, workspace: Tensor | None = None) -> tuple[int, int, int, int]:
+    """Index, number of multiprocessors, current stream and workspace."""
+    device = tensor.device
+    stream = torch.cuda.current_stream(device).cuda_stream if tensor.is_cuda else 0
+    address = 0 if workspace is None else workspace.data_ptr()
+    return device.index or 0, _multiprocessors(device), stream, address
 
 
 def _rows(x: Tensor) -> Tensor:

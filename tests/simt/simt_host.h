@@ -32,6 +32,11 @@ struct dim3 {
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t code) { return code == 0 ? "cudaSuccess" : "cudaErrorUnknown"; }
 inline const char* cudaGetErrorString(cudaError_t code) { return code == 0 ? "no error" : "unknown error"; }
 
