@@ -111,6 +111,24 @@ def test_offsets_at_the_very_distances(metric, p, k):
             assert np.array_equal(similarity[:, 0] > 0, exact < offset)
 
 
+@pytest.mark.parametrize(("metric", "p"), METRICS)
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_first_look_sees_the_whole_distance(metric, p, k):
+    """All differences lie in the features looked at first, and the offset within a unit of the distance: a
+    bound that promises the least bit too much is wrong here."""
+    rng = np.random.default_rng(7)
+    rows, features = np.zeros((1, 20, 256), np.float32), np.zeros((40, 256), np.float32)
+    rows[..., 40:72], features[:, 40:72] = normal(rng, 1, 20, 32), normal(rng, 40, 32)
+    exact = distances(features, rows, k=k, metric=metric, p=p)[:, 0]
+    for at in np.sort(exact)[::5]:
+        for offset in (np.nextafter(at, np.float32(0)), at, np.nextafter(at, np.float32(np.inf)), at * 1.001):
+            similarity, decided = similarity_both_ways(
+                features, rows, k=k, metric=metric, p=p, offset=float(offset), scale=1e-7
+            )
+            assert np.array_equal(similarity[:, 0] > 0, exact < np.float32(offset))
+    assert decided["by_bounds"] > 0 or p == 40.0 or at == exact.max()
+
+
 @pytest.mark.parametrize(("metric", "p"), METRICS[:5])
 @pytest.mark.parametrize("exponent", [-44, -38, -25, -12, 0, 12, 18, 25, 37])
 def test_tiny_and_huge_numbers(metric, p, exponent):
