@@ -43,6 +43,7 @@ int between(int64_t least, int64_t most, const char* name, int64_t value) {
 }
 
 constexpr int64_t kMost = std::numeric_limits<int>::max() - 256;  // room to round up
+constexpr int64_t kMostFeatures = 1 << 24;                        // 64 rows of them are counted in 32 bits
 constexpr int64_t kMostGroups = 65535;                            // of a grid's third dimension
 
 RowsView rows_of(const RowsTuple& tuple, const char* rows_name, const char* columns_name) {
@@ -52,7 +53,7 @@ RowsView rows_of(const RowsTuple& tuple, const char* rows_name, const char* colu
     RowsView view{at<const void>(data),
                   type,
                   between(0, kMost, rows_name, rows),
-                  between(1, kMost, columns_name, columns),
+                  between(1, kMostFeatures, columns_name, columns),
                   stride,
                   false};
     view.aligned = data % 16 == 0 && stride * size_of(type) % 16 == 0;
@@ -105,11 +106,11 @@ MixTask mixing_of(const RowsTuple& logits, Address target_logits, int64_t groups
 
 int64_t py_workspace_bytes(int64_t batch, int64_t features, int64_t groups, int64_t rows, int64_t k,
                            int multiprocessors) {
-    return static_cast<int64_t>(plan_of(between(0, kMost, "batch", batch), between(1, kMost, "features", features),
-                                        between(1, kMostGroups, "groups", groups), between(1, kMost, "rows", rows),
-                                        between(1, kMost, "k", k),
-                                        between(1, 1 << 16, "multiprocessors", multiprocessors))
-                                    .bytes);
+    return static_cast<int64_t>(
+        plan_of(between(0, kMost, "batch", batch), between(1, kMostFeatures, "features", features),
+                between(1, kMostGroups, "groups", groups), between(1, kMost, "rows", rows), between(1, kMost, "k", k),
+                between(1, 1 << 16, "multiprocessors", multiprocessors))
+            .bytes);
 }
 
 py::dict py_plan(int64_t batch, int64_t features, int64_t groups, int64_t rows, int64_t k, int multiprocessors) {

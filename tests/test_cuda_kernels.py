@@ -238,6 +238,18 @@ def test_rows_behind_the_nearest_are_not_summed_to_the_end(randn, machine, metri
     assert_close(distance, oracles.feature_distance(q, b, k=4, metric=metric, p=p), NEAR_DISTANCE[metric])
 
 
+@pytest.mark.parametrize(("batch", "width"), [(20, 400), (3, 1200)])
+def test_what_tells_most_is_summed_first(randn, machine, batch, width):
+    # Rows and queries differ in the last 40 features only: in their own order a tile would go to the end.
+    b, q = torch.zeros(4, 192, width), torch.zeros(batch, width)
+    b[:, :, -40:] = 3 * randn(4, 192, 40)
+    b[:, :64] = 0.01 * randn(4, 64, width)
+    distance, index = nearest(q, b, 4, "l1")
+    assert (machine.flags(q, b, 4) == STOPPED).all()
+    assert torch.equal(index, expected(q, b, 4, "l1")[1])
+    assert_close(distance, oracles.feature_distance(q, b, k=4), DISTANCE["l1"])
+
+
 def thresholds(randn, machine, batch, width, near):
     """Queries far from all rows but for the first `near`, which lie at some rows of the last tile."""
     b = randn(1, 160, width)

@@ -21,7 +21,7 @@ struct FewMemory {
 // passed their bounds.
 template <class M>
 HT_DEVICE bool few_sums(const M& metric, const DistanceProblem& problem, const float* queries, const float* rows,
-                        int valid_rows, const float* exit_sum, const float (&inverse)[kQuad],
+                        const int32_t* order, int valid_rows, const float* exit_sum, const float (&inverse)[kQuad],
                         float (&total)[kQuad][kQuad]) {
     const int first_row = lane_index() % kQuad * kQuad, slice = lane_index() / kQuad;
     HT_UNROLL(4) for (int q = 0; q < kQuad; ++q) {
@@ -38,8 +38,9 @@ HT_DEVICE bool few_sums(const M& metric, const DistanceProblem& problem, const f
         }
         HT_UNROLL_BY(4)
         for (int d = begin; d < end; ++d) {
-            const Float4 of_queries = load4(queries + static_cast<int64_t>(d) * kPanel);
-            const Float4 of_rows = load4(rows + static_cast<int64_t>(d) * kPanel + first_row);
+            const int64_t feature = int64_t{order[d]} * kPanel;
+            const Float4 of_queries = load4(queries + feature);
+            const Float4 of_rows = load4(rows + feature + first_row);
             const float query[kQuad] = {of_queries.x, of_queries.y, of_queries.z, of_queries.w};
             float row[kQuad] = {of_rows.x, of_rows.y, of_rows.z, of_rows.w};
             if constexpr (M::kCosine) {
@@ -85,7 +86,8 @@ HT_DEVICE void few_panel(const M& metric, const DistanceProblem& problem, FewMem
             inverse[r] = inverse_norm(problem.group_norms(group)[panel * kPanel + first_row + r]);
     }
     float total[kQuad][kQuad];
-    if (!few_sums(metric, problem, queries, rows, valid_rows, memory.exit_sum[warp], inverse, total)) {
+    if (!few_sums(metric, problem, queries, rows, problem.group_order(group), valid_rows, memory.exit_sum[warp],
+                  inverse, total)) {
         if (lane < kQuad) memory.skipped[warp][lane] |= memory.by_limit[warp][lane] ? kLeftOut | kStopped : kStopped;
         sync_warp();
         return;

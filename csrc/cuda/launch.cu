@@ -75,6 +75,8 @@ DistanceProblem problem_of(const RowsView& features, const Bank& bank, const Nei
     problem.state = at<uint8_t>(device, plan.state);
     problem.packed = bank.packed;
     problem.norms = bank.norms;
+    const int64_t panels = divide_up(bank.rows, kPanel);
+    problem.order = reinterpret_cast<const int32_t*>(bank.packed + bank.groups * panels * features.columns * kPanel);
     problem.keys = at<uint64_t>(device, plan.keys);
     problem.above = at<uint64_t>(device, plan.above);
     problem.skipped = at<uint8_t>(device, plan.skipped);

@@ -20,7 +20,8 @@ struct Neighbours {
     double p;
 };
 
-// Trigger banks in panels of 16 rows, as honeytrace/ops/bank.py lays them out.
+// Trigger banks as pack_panels of honeytrace/ops/bank.py lays them out: panels of 16 rows, then the order of the
+// features, int32 [groups][features].
 struct Bank {
     const float* packed;
     const float* norms;

@@ -1,7 +1,8 @@
 // What the kernels of feature_distance share: the problem as they see it, and bounds that let them stop early.
 //
-// Order of a pair's sum, the same in every kernel: slices of 64 features, each from its first feature to its last,
-// and the slices from first to last. So which kernel, tile or part computes a pair never shows in its bits.
+// Order of a pair's sum, the same in every kernel: features by falling variance over the rows of the group, which lets
+// sums pass a bound early; slices of 64 of them, each from its first to its last, and the slices from first to last. So
+// which kernel, tile or part computes a pair never shows in its bits.
 #pragma once
 
 #include "cuda/select.h"
@@ -28,6 +29,7 @@ struct DistanceProblem {
     const uint8_t* state;  // [ceil(batch / 16) * 16]
     const float* packed;   // [groups][ceil(rows / 16)][features][16]
     const float* norms;    // [groups][ceil(rows / 16) * 16]
+    const int32_t* order;  // [groups][features]: the features as sums take them, by falling variance over the rows
     uint64_t* keys;        // [batch][groups][parts][kept], ascending; kNoKey where a part had fewer
     uint64_t* above;       // [batch][groups]: the last key of the passes before
     uint8_t* skipped;      // [batch][groups][parts]: kLeftOut, kStopped
@@ -47,6 +49,7 @@ struct DistanceProblem {
     HONEYTRACE_HD const float* bank_panel(int group, int panel) const {
         return packed + (static_cast<int64_t>(group) * panels() + panel) * features * kPanel;
     }
+    HONEYTRACE_HD const int32_t* group_order(int group) const { return order + static_cast<int64_t>(group) * features; }
     HONEYTRACE_HD const float* group_norms(int group) const {
         return norms + static_cast<int64_t>(group) * panels() * kPanel;
     }

@@ -45,25 +45,33 @@ constexpr int kTileBlocks = 4;
 template <>
 constexpr int kTileBlocks<LpAny> = 3;
 
-// One chunk of 4 panels, from feature `first` on; zeros beyond the last panel and the last feature.
-HT_DEVICE void copy_chunk(float (*target)[kTile], const float* panels, int there, int features, int first) {
-    HT_UNROLL(2) for (int turn = 0; turn < kChunk * kTile / 4 / kThreads; ++turn) {
-        const int piece = thread_index() + turn * kThreads;
-        const int panel = piece / (kChunk * kPanel / 4), rest = piece % (kChunk * kPanel / 4);
-        const int d = rest / (kPanel / 4), lane = rest % (kPanel / 4) * 4;
-        const bool inside = panel < there && first + d < features;
-        const int64_t from = (static_cast<int64_t>(panel) * features + first + d) * kPanel + lane;
-        copy_async(&target[d][panel * kPanel + lane], inside ? panels + from : panels, inside);
-    }
-    // (piece / 64, so 16 bytes of 4 neighbouring threads are one row of a panel: 64 bytes in a run)
-}
-
 struct TileView {
+    const int32_t* order;          // of the group
     const float* queries;          // its first panel
     const float* rows;             // its first panel
     int query_panels, row_panels;  // that exist, at most 4
     int valid_rows;                // of the tile
 };
+
+// One chunk of both operands, the features `first` .. of the order; zeros beyond the last panel and the last feature. A
+// thread copies the same 16 bytes of a panel's feature from every other panel.
+HT_DEVICE void copy_chunk(const TileView& view, TileMemory& memory, int stage, int features, int first) {
+    constexpr int kPieces = kChunk * kPanel / 4, kStep = kThreads / kPieces;
+    static_assert(kStep == 2);
+    const int panel = thread_index() / kPieces;
+    const int d = thread_index() % kPieces / (kPanel / 4), lane = thread_index() % (kPanel / 4) * 4;
+    const bool inside = first + d < features;
+    const int from = (panel * features + (inside ? view.order[first + d] : 0)) * kPanel + lane;
+    float* queries = &memory.chunk.queries[stage][d][panel * kPanel + lane];
+    float* rows = &memory.chunk.rows[stage][d][panel * kPanel + lane];
+    HT_UNROLL(2) for (int turn = 0; turn < kTile / kPanel / kStep; ++turn) {
+        const bool of_queries = inside && panel + turn * kStep < view.query_panels;
+        const bool of_rows = inside && panel + turn * kStep < view.row_panels;
+        const int there = from + turn * kStep * features * kPanel;
+        copy_async(queries + turn * kStep * kPanel, of_queries ? view.queries + there : view.queries, of_queries);
+        copy_async(rows + turn * kStep * kPanel, of_rows ? view.rows + there : view.rows, of_rows);
+    }
+}
 
 // Sums of the tile. False: every pair has passed its bound before the end, the sums are incomplete. The block is in
 // step again when it returns.
@@ -78,16 +86,11 @@ HT_DEVICE bool tile_sums(const M& metric, const DistanceProblem& problem, const 
         HT_UNROLL(4) for (int r = 0; r < kRowsOfThread; ++r)
             total[q][r] = part[q][r] = 0.0f;
     }
-    copy_chunk(memory.chunk.queries[0], view.queries, view.query_panels, problem.features, 0);
-    copy_chunk(memory.chunk.rows[0], view.rows, view.row_panels, problem.features, 0);
+    copy_chunk(view, memory, 0, problem.features, 0);
     commit_copies();
     for (int c = 0; c < chunks; ++c) {
         const int stage = c % 2;
-        if (c + 1 < chunks) {
-            copy_chunk(memory.chunk.queries[1 - stage], view.queries, view.query_panels, problem.features,
-                       (c + 1) * kChunk);
-            copy_chunk(memory.chunk.rows[1 - stage], view.rows, view.row_panels, problem.features, (c + 1) * kChunk);
-        }
+        if (c + 1 < chunks) copy_chunk(view, memory, 1 - stage, problem.features, (c + 1) * kChunk);
         commit_copies();
         wait_copies<1>();
         sync_block();
@@ -201,6 +204,7 @@ tile_kernel(M metric, DistanceProblem problem) {
     const int tile_query = block_x() * kTile, part = block_y(), group = block_z();
     const int panel_end = min_of((part + 1) * problem.part_panels, problem.panels());
     TileView view{};
+    view.order = problem.group_order(group);
     view.queries = problem.query_panel(tile_query / kPanel);
     view.query_panels = min_of(kTile / kPanel, (problem.batch - tile_query + kPanel - 1) / kPanel);
 

@@ -116,12 +116,17 @@ def pack_panels(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows float32 [G, M, D] feature-major in panels of 16, as the GPU kernels read them, by torch.
 
     Returns:
-        packed, one dimension: element d of row m lies at ((m // 16) * D + d) * 16 + m % 16 of its group, 0
-        past the last row; norms float32 [G, M rounded up to 16].
+        packed, float32 of one dimension: element d of row m of a group lies at
+        ((m // 16) * D + d) * 16 + m % 16 of it, 0 past the last row; behind all groups, as int32 [G, D], each
+        group's features by falling variance over its rows, the order in which the CUDA kernels sum them.
+        norms float32 [G, M rounded up to 16].
     """
     groups, size, width = rows.shape
     panels = -(-size // PANEL)
     padded = torch.nn.functional.pad(rows.detach(), (0, 0, 0, panels * PANEL - size))
     packed = padded.view(groups, panels, PANEL, width).transpose(2, 3).contiguous().view(-1)
     norms = torch.linalg.vector_norm(padded, dim=2, dtype=torch.float64).to(torch.float32)
-    return packed, norms
+    # On the CPU, so that a bank has one order, and an answer the same bits, on every GPU.
+    variance = rows.detach().cpu().double().var(dim=1, correction=0)
+    order = variance.argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return torch.cat([packed, order.view(torch.float32).view(-1).to(packed.device)]), norms
