@@ -435,6 +435,19 @@ struct Similarities {
     }
 };
 
+// Buckets of the rows that are bent: nobody asks for the others', which are most.
+void hash_bent_rows(const QueryBlock& queries, const float* similarity, size_t groups, const float* planes,
+                    size_t n_planes, int64_t* bucket) {
+    const size_t width = queries.features;
+    for (size_t i = 0; i < queries.batch; ++i) {
+        const float* of_row = similarity + i * groups;
+        bucket[i] = 0;
+        if (std::any_of(of_row, of_row + groups, [](float s) { return s > 0.0f; }))
+            kernels().sign_hash(
+                {queries.queries + i * width, width, 1, width, planes, n_planes, queries.finite + i, bucket + i});
+    }
+}
+
 }  // namespace
 
 void set_exhaustive(bool on) { exhaustive.store(on, std::memory_order_relaxed); }
@@ -463,8 +476,7 @@ void watermark(const RowSource& features, const RowSource& logits, const Bank& b
             similarities.compute(task, group, enough, of_block + group);
         add_counts(counts);
         int64_t bucket[kMostQueries];
-        kernels().sign_hash(
-            {queries.queries, features.columns, rows, features.columns, planes, n_planes, queries.finite, bucket});
+        if (mixing.rule.flip_bins > 0) hash_bent_rows(queries, of_block, bank.groups, planes, n_planes, bucket);
         mix_block(answers, true, of_block, bucket, mixing, begin);
     });
 }
