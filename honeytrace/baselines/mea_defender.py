@@ -107,7 +107,7 @@ def mea_defender(
         com = [(divergence(wm, part) - com_slack).clamp_min(0).mean() for part in (of_a, of_b)]
         losses.append(ver_weight * ver + com_weight * (com[0] + com[1]))
         if eva_weight:
-            losses.append(eva_weight * functional.cross_entropy(evading, evasion.labels))
+            losses.append(eva_weight * either(evading, *evasion.labels.unbind(1)).mean())
         return weighted_backward(losses, weights)
 
     steps = epochs * -(-len(train.inputs) // _BATCH)
@@ -135,7 +135,7 @@ def evasion_samples(
     generator: torch.Generator,
 ) -> Split:
     """The sources combined in another way than the watermark's, and other classes combined in its way, each
-    with one of its two labels by lot.
+    with the labels of its two halves, int64 [N, 2].
 
     Args:
         rows: of a batch of `train`; the other classes are taken from it.
@@ -151,8 +151,18 @@ def evasion_samples(
     kept = (labels.sort(1).values != marked).any(1)
     crossed = mix(train.inputs[pairs[kept, 0]], train.inputs[pairs[kept, 1]])
     told = torch.cat([torch.tensor(sources).expand(len(left), 2), labels[kept]])
-    side = torch.randint(2, (len(told), 1), generator=generator)
-    return Split(torch.cat([way(left, right), crossed]), told.gather(1, side)[:, 0])
+    return Split(torch.cat([way(left, right), crossed]), told)
+
+
+def either(logits: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """-log of the probability of one label or the other, logits [B, C] and labels [B]: [B].
+
+    The paper's cross entropy to one of two true labels, less the log 2 that a choice by lot would cost, which
+    MGDA would weigh at the expense of the task and of what a copy learns.
+    """
+    log_probs = logits.log_softmax(1)
+    first, second = (log_probs.gather(1, label[:, None])[:, 0] for label in (one, other))
+    return -torch.where(one == other, first, torch.logaddexp(first, second))
 
 
 def weighted_backward(losses: list[Tensor], weights: list[nn.Parameter]) -> Tensor:
