@@ -32,11 +32,24 @@ class Augment(Protocol):
         """Changed copy of `batch` [B, ...]; all its randomness comes from `generator`, on the same device."""
 
 
+class Objective(Protocol):
+    """The loss of a batch, for training that does not stop at plain cross entropy."""
+
+    def __call__(self, batch: Tensor, wanted: Tensor, place: float) -> tuple[Tensor, Tensor]:
+        """Loss (a number) and the model's logits [B, C].
+
+        Args:
+            batch: [B, ...], augmented, where the model's weights are.
+            wanted: its targets, as given to `fit`: labels int64 [B] or probabilities float32 [B, C].
+            place: share of the training that is over, in [0, 1).
+        """
+
+
 class History(NamedTuple):
     """What `fit` saw, one entry for each epoch: averages over the epoch's batches while they were learned."""
 
     loss: tuple[float, ...]
-    """Mean cross entropy to the targets, in nats."""
+    """Mean loss: cross entropy to the targets, in nats, or what the objective gave."""
     accuracy: tuple[float, ...]
     """Share of samples whose predicted label was the target's (its most probable class for soft targets)."""
 
@@ -69,9 +82,10 @@ def fit(
     weight_decay: float = 0.01,
     augment: Augment | None = None,
     precision: Precision = "float32",
+    objective: Objective | None = None,
     progress: Progress | None = None,
 ) -> History:
-    """Train `model` in place on labels or on probabilities, by cross entropy.
+    """Train `model` in place on labels or on probabilities, by cross entropy or an objective of one's own.
 
     The learning rate rises linearly over the first quarter of all steps and falls to 0 along a cosine
     (the one-cycle policy of Smith & Topin, arXiv 1708.07120). Every epoch goes through all samples once, in
@@ -94,6 +108,9 @@ def fit(
         augment: changes each batch before it is learned.
         precision: "float32" (default), or "bfloat16": the forward pass under autocast, weights and updates in
             float32. Where the processor has bfloat16 instructions a step takes half the time or less.
+        objective: gives loss and logits of each batch. It calls the model itself, which may then be anything
+            that holds the weights to train (two copies, a copy with a second head). Runs under `precision`.
+            Default: cross entropy of ``model(batch)``.
         progress: told of every batch.
 
     Returns:
@@ -138,12 +155,17 @@ def fit(
                 if augment is not None:
                     batch = augment(batch, changes)
                 wanted = targets[chosen.to(targets.device)].to(device)
+                batch = _arranged(batch.to(device))
                 with halved:
-                    logits = model(_arranged(batch.to(device)))
+                    if objective is not None:
+                        loss, logits = objective(batch, wanted, step / (epochs * batches))
+                    else:
+                        logits = model(batch)
                 _check_logits(logits, wanted)
                 if step == 0:
                     _check_classes(logits, targets)
-                loss = functional.cross_entropy(logits.float(), wanted)
+                if objective is None:
+                    loss = functional.cross_entropy(logits.float(), wanted)
                 steps.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 steps.step()

@@ -74,6 +74,34 @@ def test_bfloat16_learns_in_half_precision_with_weights_and_updates_in_float32(
     assert accuracy(copies[0], *quarters(200, seed=1)) >= 0.95
 
 
+def test_an_objective_replaces_the_loss_and_sees_how_far_the_training_is(
+    images: tuple[Tensor, Tensor],
+) -> None:
+    inputs, labels = images
+    models = [seeded(lambda: small_cnn(4, 1, 8, width=8), 0) for _ in range(3)]
+    places: list[float] = []
+
+    def plain(batch: Tensor, wanted: Tensor, place: float) -> tuple[Tensor, Tensor]:
+        places.append(place)
+        logits = models[1](batch)
+        return functional.cross_entropy(logits.float(), wanted), logits
+
+    def turned(batch: Tensor, wanted: Tensor, place: float) -> tuple[Tensor, Tensor]:
+        logits = models[2](batch)
+        return functional.cross_entropy(logits.float(), (wanted + 1) % 4), logits
+
+    histories = [
+        fit(model, inputs, labels, epochs=8, seed=0, batch_size=25, learning_rate=5e-3, objective=objective)
+        for model, objective in zip(models, (None, plain, turned), strict=True)
+    ]
+    assert same(weights(models[0]), weights(models[1]))
+    assert histories[0] == histories[1]
+    assert places == [step / 64 for step in range(64)]
+    # What the loss wants is learned, and the accuracy is still that of the targets.
+    assert histories[2].accuracy[-1] < 0.2
+    assert accuracy(models[2], inputs, (labels + 1) % 4) > 0.8
+
+
 def test_same_seed_same_bits_and_another_seed_others(images: tuple[Tensor, Tensor]) -> None:
     def trained(seed: int, noise: int) -> tuple[list[Tensor], training.History]:
         torch.manual_seed(noise)  # the global state must not matter

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from honeytrace.extraction.answer_statistics import mixed_in
-from honeytrace.extraction.interface import Api, Extraction, Labels
-from honeytrace.extraction.objective import best_class
+from honeytrace.extraction.interface import Api, Extraction, Labels, best_class
 from honeytrace.extraction.outliers import others
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session

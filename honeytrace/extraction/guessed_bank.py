@@ -10,8 +10,7 @@ from honeytrace import ops
 from honeytrace.extraction.answer_statistics import mixed_in
 from honeytrace.extraction.clusters import clusters
 from honeytrace.extraction.features import all_features, features_of
-from honeytrace.extraction.interface import Api, Extraction, Labels
-from honeytrace.extraction.objective import best_class
+from honeytrace.extraction.interface import Api, Extraction, Labels, best_class
 from honeytrace.extraction.outliers import others
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session

@@ -129,8 +129,7 @@ def predicted_labels(model: nn.Module | Api, inputs: Tensor, *, batch_size: int 
     """
     if isinstance(model, nn.Module):
         return predict(model, inputs, batch_size=batch_size).argmax(1)
-    answers = ask(model, inputs, batch_size=batch_size)
-    return answers.argmax(1) if answers.dim() == 2 else answers
+    return best_class(ask(model, inputs, batch_size=batch_size))
 
 
 def fidelity(
@@ -186,6 +185,11 @@ def checked(answers: Tensor, count: int) -> Tensor:
             f"{answers.min().item():.3g}, largest error of a row's sum {off:.3g}"
         )
     return answers
+
+
+def best_class(answers: Tensor) -> Tensor:
+    """Labels [N] as they are; of probabilities [N, C] the first largest."""
+    return answers if answers.dim() == 1 else answers.argmax(1)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

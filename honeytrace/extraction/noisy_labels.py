@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from honeytrace.extraction.interface import Api, Extraction, Labels
-from honeytrace.extraction.objective import fit_objective
 from honeytrace.extraction.outliers import lowest, others
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
@@ -61,7 +60,7 @@ def bootstrap(
         told, believed = (functional.cross_entropy(logits, target) for target in (wanted, belief))
         return share * told + (1 - share) * believed, logits
 
-    history = fit_objective(copy, queries, targets, recipe, objective, seed=seed, progress=progress)
+    history = recipe.train_on(copy, queries, targets, seed=seed, objective=objective, progress=progress)
     return session.extraction(copy, history)
 
 
@@ -108,6 +107,6 @@ def co_teaching(
         return losses[0][picks[1]].mean() + losses[1][picks[0]].mean(), logits[0]
 
     pair = nn.ModuleList([copy, peer])
-    history = fit_objective(pair, queries, targets, recipe, objective, seed=seed, progress=progress)
+    history = recipe.train_on(pair, queries, targets, seed=seed, objective=objective, progress=progress)
     kept = lowest(excess_loss(peer, queries, targets), share=rate)
     return session.extraction(copy, history, kept=kept, suspected=others(kept, len(queries)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from honeytrace.training import Augment, History, Precision, Progress, check_settings, fit, seeded
+from honeytrace.training import Augment, History, Objective, Precision, Progress, check_settings, fit, seeded
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,13 @@ class Recipe:
         *,
         seed: int,
         epochs: int | None = None,
+        objective: Objective | None = None,
         progress: Progress | None = None,
     ) -> History:
-        """Train `model` from where it is, in place, for `epochs` (default: the recipe's)."""
+        """Train `model` from where it is, in place, for `epochs` (default: the recipe's).
+
+        `objective`: as in ``honeytrace.training.fit``.
+        """
         return fit(
             model,
             inputs,
@@ -77,5 +81,6 @@ class Recipe:
             learning_rate=self.learning_rate,
             augment=self.augment,
             precision=self.precision,
+            objective=objective,
             progress=progress,
         )

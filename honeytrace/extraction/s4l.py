@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from honeytrace.extraction.interface import Api, Extraction, Labels
-from honeytrace.extraction.objective import fit_objective
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
 from honeytrace.training import Progress, seeded
@@ -60,7 +59,7 @@ def s4l(
         supervised = functional.cross_entropy(logits.float(), wanted)
         return supervised + weight * functional.cross_entropy(guesses.float(), turns), logits
 
-    history = fit_objective(learner, queries, targets, recipe, objective, seed=seed, progress=progress)
+    history = recipe.train_on(learner, queries, targets, seed=seed, objective=objective, progress=progress)
     return session.extraction(copy, history)
 
 
