@@ -94,7 +94,8 @@ def mix_cases(report: Report, options: Any) -> None:
                 text = f"({batch}, {count}), {bent:.0%} of rows bent, {threads_text()}"
                 seconds = harness.in_turn(functions)
                 extra = harness.peak_extra_bytes(ours)
-                report.add(Row("watermark_mix", text, size, settings, seconds, 8.0 * z.numel(), extra))
+                work = 8.0 * z.numel()
+                report.add(Row("watermark_mix", text, size, settings, seconds, work, extra, "bytes"))
 
 
 def fused_case(
@@ -181,7 +182,7 @@ def model_cases(report: Report, options: Any) -> None:
             settings = {"model": name, "dtype": "float32", "threads": torch.get_num_threads()}
             report.add(
                 Row("protected model", f"{name}, batch {batch}, {threads_text()}", {"B": batch}, settings,
-                    seconds, float(batch))
+                    seconds, float(batch), unit="images")
             )  # fmt: skip
 
 

@@ -42,11 +42,21 @@ class Row:
     settings: dict[str, Any]
     seconds: dict[str, list[float]]
     work: float
-    """Units of work in a call: features of pairs, or bytes."""
+    """Units of work in a call."""
     extra_bytes: int | None = None
+    unit: str = "features of pairs"
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
+
+    @property
+    def series(self) -> str:
+        """What is alike but for its size: the panel of the plot."""
+        settings = self.settings
+        kind = settings.get("data") or settings.get("model")
+        kind = f"{settings['bent']:.0%} of rows bent" if "bent" in settings else kind
+        parts = [self.op, kind, settings.get("dtype"), f"{settings.get('threads')} thread(s)"]
+        return ", ".join(part for part in parts if part and part != "float32")
 
     @property
     def ours(self) -> str:
@@ -227,27 +237,34 @@ class Report:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Seconds over work, both logarithmic: a panel for each op, a line for each implementation."""
+    """Seconds over work, both logarithmic: a panel for each series, a line for each implementation."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    ops = list(dict.fromkeys(row.op for row in rows))
-    figure, axes = pyplot.subplots(1, len(ops), figsize=(5 * len(ops), 4.2), squeeze=False)
+    series = list(dict.fromkeys(row.series for row in rows))
+    columns = min(4, len(series))
+    lines = -(-len(series) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 3.6 * lines), squeeze=False)
     names = list(dict.fromkeys(name for row in rows for name in row.seconds))
-    colours = dict(zip(names, pyplot.rcParams["axes.prop_cycle"].by_key()["color"] * 2, strict=False))
-    for axis, op in zip(axes[0], ops, strict=True):
+    palette = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
+    colours = dict(zip(names, palette, strict=False))
+    for axis in axes.flat[len(series) :]:
+        axis.axis("off")
+    for axis, label in zip(axes.flat, series, strict=False):
         for name in names:
-            points = sorted((r.work, r.median(name)) for r in rows if r.op == op and name in r.seconds)
+            points = sorted((r.work, r.median(name)) for r in rows if r.series == label and name in r.seconds)
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", ms=3, lw=1, label=name, color=colours[name])
-        axis.set(xscale="log", yscale="log", xlabel="work", ylabel="seconds", title=op)
+        unit = next(r.unit for r in rows if r.series == label)
+        axis.set(xscale="log", yscale="log", xlabel=unit, ylabel="seconds")
+        axis.set_title(label, fontsize=9)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=6)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
