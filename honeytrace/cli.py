@@ -315,7 +315,7 @@ def verify(
 @click.option(
     "--directory", type=DIRECTORY, default=Path("evaluation"), show_default=True, help="Of results."
 )
-@click.option("--rows", help="Only rows whose name contains one of these words, comma-separated.")
+@click.option("--rows", help="Only these rows: names or parts of names, comma-separated.")
 @click.option("--columns", help="Only columns and removals, likewise.")
 @click.option("--seeds", help="Only these seeds, comma-separated.")
 @click.option("--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True)

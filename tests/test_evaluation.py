@@ -127,6 +127,13 @@ def test_what_is_no_plan_is_named(change, message):
 def test_a_part_of_a_plan():
     part = plan().narrowed("ours", "top1,tuned", (1,))
     assert [cell.title for cell in part.cells()] == ["ours / top1 / seed 1", "ours / soft / tuned / seed 1"]
+    # A word that is a name means that row alone, not all whose name contains it.
+    rows = plan(SMALL.replace("bare =", "ours-too =")).narrowed("ours", None, None).rows
+    assert list(rows) == ["ours"]
+    assert list(plan(SMALL.replace("bare =", "ours-too =")).narrowed("our", None, None).rows) == [
+        "ours",
+        "ours-too",
+    ]
     with pytest.raises(ValueError, match="has no cell with rows='nobody'"):
         plan().narrowed("nobody", None, None)
 

@@ -141,7 +141,7 @@ class Plan:
         )
 
     def narrowed(self, rows: str | None, columns: str | None, seeds: tuple[int, ...] | None) -> Plan:
-        """The part whose row, and whose column or removal, contains one of the comma-separated words.
+        """The part with these rows, and these columns or removals: names or parts of names, comma-separated.
 
         Raises:
             ValueError: nothing is left.
@@ -216,7 +216,10 @@ class Plan:
 
 
 def _matching(entries: Mapping[str, dict[str, Any]], words: str | None) -> dict[str, dict[str, Any]]:
+    """Entries with one of these names; for a word that is no name, those whose name contains it."""
     if words is None:
         return dict(entries)
-    parts = [word.strip() for word in words.split(",") if word.strip()]
-    return {name: settings for name, settings in entries.items() if any(part in name for part in parts)}
+    kept: set[str] = set()
+    for word in filter(None, map(str.strip, words.split(","))):
+        kept |= {word} if word in entries else {name for name in entries if word in name}
+    return {name: settings for name, settings in entries.items() if name in kept}
