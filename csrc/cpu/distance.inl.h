@@ -227,7 +227,7 @@ __attribute__((noinline)) void tile(const M& metric, const DistanceTask& task, c
     }
     const float* rows = task.packed + panel * task.features * kLanes;
     if constexpr (M::kCosine && !kScales)
-        rows = task.unit_panels + panel % panel_step(task.features, pass.count) * task.features * kLanes;
+        rows = task.unit_panels + panel % panel_step(task.features) * task.features * kLanes;
     Lanes sums[QT * NP];
     for (int i = 0; i < QT * NP; ++i)
         sums[i] = pass.begin == 0 ? fill(0.0f) : load(partial_of(task, queries[i / NP]) + (panel + i % NP) * kLanes);
@@ -299,7 +299,7 @@ void run_pass(const M& metric, const DistanceTask& task, const Pass& pass) {
     pack_queries<4>(task, pass, &packed);
     pack_queries<1>(task, pass, &packed);
 
-    const size_t panels = panels_of(task.rows), step = panel_step(task.features, pass.count);
+    const size_t panels = panels_of(task.rows), step = panel_step(task.features);
     for (size_t panel = 0; panel < panels; panel += step) {
         const size_t end = panel + step < panels ? panel + step : panels;
         if constexpr (M::kCosine) {

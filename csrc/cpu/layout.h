@@ -14,11 +14,10 @@ constexpr size_t kPanelBytes = 256 * 1024;
 
 HONEYTRACE_HD size_t panels_of(size_t rows) { return (rows + kLanes - 1) / kLanes; }
 
-// Few queries take eight panels at a time, to have enough sums in flight.
-HONEYTRACE_HD size_t panel_step(size_t features, size_t queries) {
+// At least eight: few queries take so many at a time, to have enough sums in flight.
+HONEYTRACE_HD size_t panel_step(size_t features) {
     const size_t fitting = kPanelBytes / (features * kLanes * sizeof(float));
-    if (fitting >= 8) return fitting - fitting % 8;
-    return queries < 16 ? 8 : (fitting > 1 ? fitting : 1);
+    return fitting < 8 ? 8 : fitting - fitting % 8;
 }
 
 // Floats from one query's partial sums to the next one's: an odd number of cache lines, so that the rows of a tile do

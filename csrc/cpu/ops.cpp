@@ -151,7 +151,7 @@ private:
 };
 
 size_t unit_panels(const Bank& bank, const Neighbours& neighbours) {
-    return neighbours.metric == Metric::kCosine ? std::min(bank.panels(), baseline::panel_step(bank.features, 1)) : 0;
+    return neighbours.metric == Metric::kCosine ? std::min(bank.panels(), baseline::panel_step(bank.features)) : 0;
 }
 
 void distances_to_group(DistanceTask& task, const Bank& bank, size_t group, float* distance, size_t distance_stride) {
