@@ -25,6 +25,8 @@ settings.register_profile(
 )
 settings.load_profile("honeytrace")
 
+pytest.register_assert_rewrite("op_contract")  # the tests that the kernels' test files share
+
 CPU_BACKENDS = ["reference", *(f"cpp-{level}" for level in (_C.simd_levels() if _C is not None else []))]
 """Every backend that runs on CPU tensors here, the compiled core once for each instruction set."""
 
