@@ -28,8 +28,8 @@ def packed_size(groups: int, rows: int, features: int) -> int:
 def pack_bank(rows_ptr: int, groups: int, rows: int, features: int, packed_ptr: int, norms_ptr: int) -> None:
     """float32 [G, M, D] to packed panels and Euclidean norms float32 [G, ceil(M / 16) * 16].
 
-    Packed: float32 [G, panel, place, lane], then int32 [G, D], the feature at each place: features lie by falling
-    variance over the rows of their group.
+    Packed: float32 [G, panel, place, lane], then int32 [G, D], the feature at each place: features lie by
+    falling variance over the rows of their group.
     """
 
 def feature_distance(
@@ -144,8 +144,10 @@ def pool_workers() -> int:
     """Threads of the pool that this process has started so far; 0 before the first parallel call."""
 
 def _ceiling(metric: int, p: float, repeats: int) -> int:
-    """For benches: the distance kernel's inner loop on operands in the first-level cache, ``repeats`` times; the
-    number of features that were compared, one for each pair."""
+    """For benches: the distance kernel's inner loop on operands in the first-level cache, ``repeats`` times.
+
+    Gives the number of features that were compared, one for each pair.
+    """
 
 def _set_exhaustive(on: bool) -> None:
     """For tests: whether `watermark` computes every distance in full. Its results do not depend on it."""
@@ -154,8 +156,10 @@ def _forget_bounds() -> None:
     """For tests: `watermark` forgets for which banks bounds proved nothing, and tries them again."""
 
 def _bounded_counts() -> tuple[int, int, int]:
-    """For tests: how `watermark` has decided (query, group) pairs so far in this process: without looking at a
-    feature, by bounds from some of the features, by computing the distance."""
+    """For tests: how `watermark` has decided (query, group) pairs so far in this process.
+
+    Without looking at a feature, by bounds from some of the features, by computing the distance.
+    """
 
 def build_info() -> BuildInfo:
     """Compiler, flags, version, compiled levels and sanitizers of this build."""
