@@ -4,8 +4,8 @@ Baselines: `broadcast`: differences in memory, sum and topk, as the published co
 torch.cdist and topk for l1 and lp, the matrix product and topk for l2 and cosine (torch's fastest way,
 though it cancels for near rows); `compiled`: torch.compile of `broadcast`, on request; `faiss`: IndexFlat of
 the same metric, for cosine on queries that are normalised in the call; `numkong`: its cdist and topk, for l2
-and cosine. FAISS and NumKong are left out by name where they are not installed. `ceiling`: our inner loop on operands in the first-level cache, as long as it would
-take for the same work on all threads.
+and cosine. FAISS and NumKong are left out by name where they are not installed. `ceiling`: our inner loop on
+operands in the first-level cache, as long as it would take for the same work on all threads.
 
     python bench/bench_feature_distance.py [--quick] [--threads N] [--compile]
         [--json FILE] [--markdown FILE] [--plot FILE]
