@@ -3,9 +3,9 @@
 Time is the processor's time of this process, which work beside it disturbs least; the limits leave room for
 what is left. Seen on an AMD EPYC (Zen 4) with AVX-512 (AVX2): l1 at (256, 500, 512), k = 10: 22 (22) times
 cdist and topk and 2.1 times FAISS; l2 1.8 (1.6), cosine 1.7 (1.5) times the matrix product and topk; mixing
-at (256, 100) 5.3 times the eager chain; `watermark` on far queries 2.8 times its exhaustive self,
-on data that
-defeat the bounds 0.97 times.
+at (256, 100) 3.4 (2.8) times the eager chain on a quiet machine and 5 to 6 times on a busy one, whose caches
+the chain needs more; `watermark` on far queries 2.8 times its exhaustive self, on data that defeat the bounds
+0.97 times.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def eager_mix(z, s, r, rule):
     return torch.where(strongest[:, None] > 0, mixed, z)
 
 
-@pytest.mark.parametrize(("classes", "at_least"), [(100, 2.5), (1000, 5.0)])
+@pytest.mark.parametrize(("classes", "at_least"), [(100, 1.6), (1000, 2.0)])
 def test_mixing_keeps_its_lead(level, classes, at_least, randn):
     """Every row bent: what costs most."""
     z, s, r = 3 * randn(256, classes), randn(256, 4).sigmoid(), randn(4, classes)
