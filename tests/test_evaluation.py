@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from worlds import blobs, marked, mlp
 
 from honeytrace import cli
+from honeytrace.baselines import BaselineGroup, Defended
 from honeytrace.evaluation import BUILT_IN, Cell, Plan, Store, evaluate, on_ray, write_report
 from honeytrace.evaluation.engines import attempt, in_process
+from honeytrace.evaluation.kept import kept_defended
 from honeytrace.evaluation.store import Result
+from honeytrace.training import predict
 
 SMALL = """
 data = "digits"
@@ -235,6 +240,28 @@ def test_an_exception_is_a_result():
     top1 = next(c for c in plan().cells() if c.column == "top1")
     ((_, found),) = in_process(fails_on_top1, [top1], "")
     assert found["status"] == "failed"
+
+
+@pytest.mark.parametrize("protected", [False, True])
+def test_a_defended_model_is_kept_only_where_its_weights_say_all(tmp_path, protected):
+    """A protected model has the bare one's class and weights: read back from those, it would be bare."""
+    world = blobs()
+    group = BaselineGroup((1, 2, 3), 2, torch.rand(4, 24), torch.rand(4, 10).log_softmax(1))
+    model = marked().protect(world.model) if protected else world.model
+    assert type(model) is type(mlp())
+    made: list[int] = []
+
+    def make() -> Defended:
+        made.append(1)
+        return Defended(model, (group,))
+
+    first, second = (kept_defended(tmp_path / "x.safetensors", mlp, make) for _ in range(2))
+    assert len(made) == (2 if protected else 1)
+    inputs = world.test[0]
+    assert torch.equal(predict(first.model, inputs), predict(second.model, inputs))
+    (again,) = second.groups
+    assert (again.candidates, again.target) == (group.candidates, group.target)
+    assert torch.equal(again.triggers, group.triggers)
 
 
 # the real thing, small ----------

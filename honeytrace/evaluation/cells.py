@@ -9,9 +9,9 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from honeytrace import extraction, training
 from honeytrace.baselines import DEFENCES, Defended
 from honeytrace.cache import ModelCache, digest, model_digest
-from honeytrace.data import mnist_digits
+from honeytrace.data import Split, mnist_digits
 from honeytrace.evaluation.kept import kept_defended
 from honeytrace.evaluation.names import HONEYTRACE
 from honeytrace.evaluation.plan import Cell
@@ -73,7 +73,7 @@ def evaluation_key(seed: int) -> SecretKey:
     return SecretKey(hashlib.sha256(f"honeytrace evaluation {seed}".encode("ascii")).digest())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Row:
     """A defended model and how its copies are judged."""
 
@@ -84,6 +84,12 @@ class _Row:
     digest: str
     null: bool
     """The model is bare: whatever is claimed of its copies is a false claim."""
+    test: Split
+
+    @cached_property
+    def accuracy(self) -> float:
+        """Of the model, on the test images."""
+        return training.accuracy(self.model, *self.test)
 
 
 class _Bench:
@@ -93,6 +99,11 @@ class _Bench:
         self.world = world
         self.key = world.key
         self._rows: dict[str, _Row] = {}
+
+    @cached_property
+    def bare_labels(self) -> Tensor:
+        """What the bare victim says about the test images, int64 [N]."""
+        return extraction.predicted_labels(self.world.victim, self.world.splits.test.inputs)
 
     def row(self, settings: dict[str, Any]) -> _Row:
         name = repr(sorted(settings.items()))
@@ -112,8 +123,8 @@ class _Bench:
                 defended=None,
                 digest=_names(model_digest(world.victim), served.digest()),
                 null=False,
+                test=world.splits.test,
             )
-        defended = self._defended(settings["defence"], settings.get("epochs"), own)
         if settings["defence"] == "none":
             return _Row(
                 model=world.victim,
@@ -121,7 +132,9 @@ class _Bench:
                 defended=None,
                 digest=model_digest(world.victim),
                 null=True,
+                test=world.splits.test,
             )
+        defended = self._defended(settings["defence"], settings.get("epochs"), own)
         mark = _Groups(defended.groups, world.classes, world.seed) if defended.groups else None
         described = f"{settings['defence']} {sorted(settings.items())}"
         return _Row(
@@ -130,6 +143,7 @@ class _Bench:
             defended=defended,
             digest=_names(model_digest(defended.model), described),
             null=False,
+            test=world.splits.test,
         )
 
     def _defended(self, name: str, epochs: int | None, own: dict[str, Any]) -> Defended:
@@ -169,6 +183,10 @@ class _Bench:
             raise NotApplicable("there is no other data of this form to ask about")
         return mnist_digits().inputs
 
+    def surrogate(self, column: dict[str, Any]) -> Callable[[], nn.Module]:
+        """What the attacker of a column trains."""
+        return self.world.large if column.get("surrogate") == "victim's" else self.world.small
+
     def copy(
         self, row: _Row, column: dict[str, Any], progress: training.Progress | None
     ) -> tuple[nn.Module, Extraction | None]:
@@ -178,14 +196,12 @@ class _Bench:
             k: v for k, v in column.items() if k not in ("attack", "labels", "pool", "surrogate", "epochs")
         }
         attack, labels, pool = ATTACKS[column["attack"]], column.get("labels", "soft"), self.pool(column)
-        surrogate = world.large if column.get("surrogate") == "victim's" else world.small
+        surrogate = self.surrogate(column)
         recipe = Recipe(
             surrogate, column.get("epochs", world.settings.copy_epochs), precision=world.precision
         )
         if "pretraining" in attack.wants:
             own["pretraining"] = self._other_task()
-        if attack.needs == "scores" and labels == "top1" and column.get("answers") == "labels":
-            raise NotApplicable("the attack needs scores")
         record: list[Extraction] = []
 
         def make() -> nn.Module:
@@ -227,12 +243,15 @@ class _Bench:
         return inputs, quarters.argmax(1)
 
     def removed(
-        self, copy: nn.Module, settings: dict[str, Any], progress: training.Progress | None
+        self,
+        copy: nn.Module,
+        column: dict[str, Any],
+        settings: dict[str, Any],
+        progress: training.Progress | None,
     ) -> nn.Module:
         """The copy after a removal with clean labelled samples of the attacker's pool."""
         world = self.world
         own = {k: v for k, v in settings.items() if k != "removal"}
-        surrogate = world.small if type(copy) is type(world.small()) else world.large
 
         def make() -> nn.Module:
             with world.stage(f"removal: {settings['removal']}") as report:
@@ -247,7 +266,7 @@ class _Bench:
 
         return world.kept(
             f"removal-{settings['removal']}",
-            surrogate,
+            self.surrogate(column),
             make,
             copy=model_digest(copy),
             own=own,
@@ -281,19 +300,19 @@ def _figures(bench: _Bench, cell: Cell, progress: training.Progress | None) -> d
     world = bench.world
     row = bench.row(cell.row_settings)
     copy, record = bench.copy(row, cell.column_settings, progress)
-    base = training.accuracy(copy, *world.splits.test)
+    inputs, known = world.splits.test
+    before = said = extraction.predicted_labels(copy, inputs)
     if cell.removal:
-        copy = bench.removed(copy, cell.removal_settings, progress)
-    test = world.splits.test
-    bare, served = training.accuracy(world.victim, *test), training.accuracy(row.model, *test)
+        copy = bench.removed(copy, cell.column_settings, cell.removal_settings, progress)
+        said = extraction.predicted_labels(copy, inputs)
     found: dict[str, Any] = {
         "status": "done",
         "null": row.null,
-        "accuracy_bare": bare,
-        "accuracy_protected": served,
-        "accuracy_copy": training.accuracy(copy, *test),
-        "accuracy_copy_before_removal": base,
-        "fidelity": extraction.fidelity(copy, world.victim, test.inputs),
+        "accuracy_bare": extraction.agreement(bench.bare_labels, known),
+        "accuracy_protected": row.accuracy,
+        "accuracy_copy": extraction.agreement(said, known),
+        "accuracy_copy_before_removal": extraction.agreement(before, known),
+        "fidelity": extraction.agreement(said, bench.bare_labels),
     }
     mark = row.mark
     if row.defended is not None and row.defended.changed is not None:

@@ -17,8 +17,8 @@ from honeytrace.files import write_private
 def kept_defended(path: Path, factory: Callable[[], nn.Module], make: Callable[[], Defended]) -> Defended:
     """What `make()` gives, from the file where it is there already.
 
-    Only a model of the factory's own architecture that needs nothing else is kept: wrappers around the victim
-    (and those whose groups depend on the queries) are made again, which costs them nothing.
+    Only a model of the factory's own architecture that needs nothing else is kept: protected models, wrappers
+    around the victim (and those whose groups depend on the queries) are made again, which costs them little.
 
     Args:
         path: a safetensors file, written whole or not at all; a damaged one is made again.
@@ -30,11 +30,19 @@ def kept_defended(path: Path, factory: Callable[[], nn.Module], make: Callable[[
         except (SafetensorError, OSError, RuntimeError, KeyError, ValueError):
             pass
     made = make()
-    plain = factory()
-    if type(made.model) is type(plain) and made.changed is None:
+    if _parts(made.model) == _parts(factory()) and made.changed is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_private(path, _written(made), overwrite=True)
     return made
+
+
+def _parts(model: nn.Module) -> list[tuple[str, type]]:
+    """Every module's name and class.
+
+    The outermost class alone tells nothing: many models are a Sequential, and a protected one is of the bare
+    one's class, but for its head.
+    """
+    return [(name, type(module)) for name, module in model.named_modules()]
 
 
 def _written(made: Defended) -> bytes:
