@@ -179,28 +179,31 @@ def test_small_calls_cost_as_much_as_a_few_operators_of_torch(level, randn):
 
 def test_callers_on_eight_threads_cost_no_more_than_one_after_another(level, threads, randn):
     """Each asks for two threads; who finds the pool taken works alone, and nobody spins."""
-    bank, queries = ops.Bank(randn(200, 256)), [randn(64, 256) for _ in range(8)]
+    bank, queries = ops.Bank(randn(200, 256)), [randn(128, 256) for _ in range(8)]
     expected = [ops.feature_distance(q, bank, k=K) for q in queries]
-
-    def in_turn():
-        for q in queries:
-            ops.feature_distance(q, bank, k=K)
-
     wrong = []
 
-    def at_once():
-        def ask(i):
-            torch.set_num_threads(2)
-            for _ in range(4):
-                if not torch.equal(ops.feature_distance(queries[i], bank, k=K), expected[i]):
-                    wrong.append(i)
+    def ask(i):
+        torch.set_num_threads(2)
+        for _ in range(4):
+            if not torch.equal(ops.feature_distance(queries[i], bank, k=K), expected[i]):
+                wrong.append(i)
 
+    # The same callers, comparing alike, on either side: starting threads and comparing answers is a third of
+    # the time, and not what is asked here.
+    def at_once():
         callers = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
         for caller in callers:
             caller.start()
         for caller in callers:
             caller.join()
 
-    ratio = times_faster(at_once, lambda: [in_turn() for _ in range(4)])
+    def in_turn():
+        for i in range(8):
+            caller = threading.Thread(target=ask, args=(i,))
+            caller.start()
+            caller.join()
+
+    ratio = times_faster(at_once, in_turn)
     assert not wrong
-    assert ratio >= 0.5, f"{1 / ratio:.1f} times the processor time on {level}"
+    assert ratio >= 0.75, f"{1 / ratio:.1f} times the processor time on {level}"
