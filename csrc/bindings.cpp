@@ -116,7 +116,7 @@ void py_watermark(Address features_ptr, int features_dtype, int64_t batch, int64
                   Address norms, int64_t groups, int64_t rows, Address target_logits, Address planes, int64_t n_planes,
                   int64_t k, int metric, double p, Address offset, Address scale, double confidence_weight,
                   const RuleTuple& rule, uint64_t seed, Address out, Address similarity, Address group, Address flipped,
-                  int64_t threads) {
+                  int64_t threads, bool constant_time) {
     const RowSource queries = rows_of(features_ptr, features_dtype, batch, features, features_stride, "features");
     const RowSource logits = rows_of(logits_ptr, logits_dtype, batch, classes, logits_stride, "classes");
     const Bank bank = bank_of(packed, norms, groups, rows, queries.columns);
@@ -124,7 +124,7 @@ void py_watermark(Address features_ptr, int features_dtype, int64_t batch, int64
                                          static_cast<float>(confidence_weight)};
     watermark(queries, logits, bank, neighbours_of(k, rows, metric, p), at<const float>(planes), planes_of(n_planes),
               similarity_rule, mixing_of(target_logits, bank.groups, rule, seed, out, group, flipped),
-              at<float>(similarity), at_least(1, "threads", threads));
+              at<float>(similarity), at_least(1, "threads", threads), constant_time ? Effort::kEven : Effort::kLeast);
 }
 
 std::tuple<uint32_t, uint32_t, uint32_t, uint32_t> py_philox(std::tuple<uint32_t, uint32_t, uint32_t, uint32_t> counter,
@@ -171,7 +171,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
                py::arg("planes_ptr"), py::arg("n_planes"), py::arg("k"), py::arg("metric"), py::arg("p"),
                py::arg("offset_ptr"), py::arg("scale_ptr"), py::arg("confidence_weight"), py::arg("rule"),
                py::arg("seed"), py::arg("out_ptr"), py::arg("similarity_ptr"), py::arg("group_ptr"),
-               py::arg("flipped_ptr"), py::arg("threads"));
+               py::arg("flipped_ptr"), py::arg("threads"), py::arg("constant_time") = false);
     module.def("philox4x32_10", &py_philox, py::arg("counter"), py::arg("key"));
     module.def("simd_levels", &usable_levels);
     module.def("simd_level", [] { return std::string(kernels().name); });

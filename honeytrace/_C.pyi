@@ -122,10 +122,12 @@ def watermark(
     group_ptr: int,
     flipped_ptr: int,
     threads: int,
+    constant_time: bool = False,
 ) -> None:
     """Distance, similarity, hash and mixing of each block of queries in one go; float32 offset and scale [G].
 
     Writes what `watermark_mix` writes and the float32 similarity [B, G], clipped, before confidence shaping.
+    ``constant_time``: the same work for every query, whether its answer is bent or not; the same results.
     """
 
 def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

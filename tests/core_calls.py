@@ -130,6 +130,7 @@ def watermark(
     rule: tuple = PLAIN_RULE,
     seed: int = 0,
     threads: int = 1,
+    constant_time: bool = False,
 ) -> tuple[Array, Mixed]:
     """similarity [B, G], and the mixed answers"""
     groups, size, _ = bank.rows.shape
@@ -166,5 +167,6 @@ def watermark(
         out.group.ctypes.data,
         out.flipped.ctypes.data,
         threads,
+        constant_time,
     )
     return similarity, out

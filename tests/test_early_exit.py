@@ -67,11 +67,14 @@ def similarity_both_ways(features, rows, **settings_):
         similarity, mixed = core.watermark(*args, **settings_)
     with exhaustive(), Decided() as not_asked:
         expected, expected_mixed = core.watermark(*args, **settings_)
-    assert sum(not_asked.values()) == 0
+    with Decided() as not_asked_either:
+        even, even_mixed = core.watermark(*args, constant_time=True, **settings_)
+    assert sum(not_asked.values()) == sum(not_asked_either.values()) == 0
     assert sum(decided.values()) == len(features) * len(rows)
-    assert similarity.tobytes() == expected.tobytes()
+    assert similarity.tobytes() == expected.tobytes() == even.tobytes()
     for name in core.Mixed._fields:
         assert getattr(mixed, name).tobytes() == getattr(expected_mixed, name).tobytes()
+        assert getattr(even_mixed, name).tobytes() == getattr(expected_mixed, name).tobytes()
     return expected, decided
 
 

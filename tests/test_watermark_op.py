@@ -57,6 +57,28 @@ def test_is_the_chain_of_its_parts(backend, randn, rule, dtype):
     assert_close(output.logits, mixed, MIXED[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_constant_time_changes_no_bit(backend, randn, rule, dtype):
+    q, z, b, r, planes = inputs(randn, batch=70, dtype=dtype)
+    q[::5], q[1::5] = 50.0, b[0, :14].to(dtype)  # far from every row, and right on one
+    q[2, 3], z[3, 1], z[4] = torch.inf, torch.nan, -torch.inf
+    bank = ops.Bank(b)
+    if backend == "triton":
+        with pytest.raises(registry.BackendUnavailable, match="constant_time"):
+            ops.watermark(q, z, bank, r, planes, rule=rule, seed=SEED, constant_time=True)
+        return
+    plain = ops.watermark(q, z, bank, r, planes, rule=rule, seed=SEED)
+    for _ in range(2):  # the second call skips the checks
+        even = ops.watermark(q, z, bank, r, planes, rule=rule, seed=SEED, constant_time=True)
+        assert torch.equal(even.similarity, plain.similarity)
+        assert torch.equal(even.group, plain.group)
+        assert torch.equal(even.flipped, plain.flipped)
+        assert torch.equal(even.logits.nan_to_num(99.0), plain.logits.nan_to_num(99.0))
+    bent = (plain.similarity > 0).any(dim=1)
+    assert 0 < bent.sum() < len(q)
+    assert plain.flipped.any() or rule.flip_bins in (0, 10)  # by chance the published rule flips none here
+
+
 def test_agrees_with_the_float64_reference(backend, randn, rule):
     q, z, b, r, planes = inputs(randn)
     output = ops.watermark(q, z, ops.Bank(b), r, planes, rule=rule, seed=SEED)

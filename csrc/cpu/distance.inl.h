@@ -185,13 +185,13 @@ HT_INLINE PanelLanes lanes_of(const DistanceTask& task, size_t panel) {
 template <class M>
 HT_INLINE void offer_panel(const M& metric, const DistanceTask& task, Lanes sum, size_t query, size_t panel,
                            PanelLanes lanes) {
-    const uint32_t beyond = bits(less(fill(task.beyond[query]), sum));
+    const uint32_t beyond = task.every_row ? 0 : bits(less(fill(task.beyond[query]), sum));
     uint32_t candidates = lanes.rows & (~beyond | lanes.unusual);
     if (candidates == 0) return;
     SmallestK& smallest = task.smallest[query];
     const Lanes distance = panel_distances(metric, task, sum, query, panel);
     // Rows come in ascending order, so one at the bound would lose the tie.
-    if (is_full(smallest)) candidates &= bits(less(distance, fill(bound_of(smallest))));
+    if (is_full(smallest) && !task.every_row) candidates &= bits(less(distance, fill(bound_of(smallest))));
     if (candidates == 0) return;
     float values[kLanes];
     store(values, distance);

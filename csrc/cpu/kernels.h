@@ -51,6 +51,9 @@ struct DistanceTask {
     uint8_t* nonzero;  // [batch], written by normalise_rows, read for cosine
     // Distances of query i below enough[i] are wanted; others may come as infinity. Null: all are wanted.
     const float* enough;
+    // Every row is offered to the k smallest, also one that cannot be among them: time does not depend on how near the
+    // rows are. The result is the same.
+    bool every_row;
     BoundedCounts* counts;    // added to where `enough` is given
     const float* transposed;  // the queries as [features][batch]
     float* tiles;             // scratch [batch * features]

@@ -172,17 +172,21 @@ double work_of(const Bank& bank, size_t batch) {
 // The answers of a block, read as far as they are needed.
 struct AnswerBlock {
     RowSource source;
-    float* wide;         // [rows][classes] of float16 and bfloat16, null for float32
-    Softmax* softmax;    // [rows]
-    double* target_lse;  // [groups], NaN until it is needed
+    float* wide;           // [rows][classes] of float16 and bfloat16, null for float32
+    Softmax* softmax;      // [rows]
+    double* target_lse;    // [groups], NaN until it is needed
+    char *mixed, *target;  // room for one row each, for answers that are made before it is said which is wanted
 
     AnswerBlock(const RowSource& source_, size_t groups) : source(source_), wide(nullptr) {
         const size_t values = source.dtype == DType::kFloat32 ? 0 : source.rows * source.columns;
         Scratch& scratch = Scratch::of_this_thread(Scratch::kAnswers);
-        scratch.reserve({values * sizeof(float), source.rows * sizeof(Softmax), groups * sizeof(double)});
+        scratch.reserve(
+            {values * sizeof(float), source.rows * sizeof(Softmax), groups * sizeof(double), row_bytes(), row_bytes()});
         if (values != 0) wide = scratch.take<float>(values);
         softmax = scratch.take<Softmax>(source.rows);
         target_lse = scratch.take<double>(groups);
+        mixed = scratch.take<char>(row_bytes());
+        target = scratch.take<char>(row_bytes());
         std::fill(target_lse, target_lse + groups, NAN);
     }
 
@@ -207,29 +211,52 @@ struct AnswerBlock {
     }
 };
 
-// Row i of the block is bent, its similarity being in (0, 1]; returns whether it was flipped.
-bool bend_row(AnswerBlock& block, size_t i, float similarity, size_t group, int64_t bucket, const Mixing& mixing,
-              void* out) {
-    const MixingRule& rule = mixing.rule;
-    const float confidence = rule.needs_confidence() ? block.confidence(i) : 1.0f;
-    const baseline::Decision decision = baseline::decide(rule, similarity, confidence, mixing.seed,
-                                                         static_cast<uint64_t>(bucket), static_cast<uint32_t>(group));
+baseline::Decision decide_row(const AnswerBlock& block, size_t i, float similarity, size_t group, int64_t bucket,
+                              const Mixing& mixing) {
+    const float confidence = mixing.rule.needs_confidence() ? block.confidence(i) : 1.0f;
+    return baseline::decide(mixing.rule, similarity, confidence, mixing.seed, static_cast<uint64_t>(bucket),
+                            static_cast<uint32_t>(group));
+}
+
+BendTask towards(const AnswerBlock& block, size_t group, const Mixing& mixing, void* out) {
     BendTask task{};
-    task.logits = decision.flipped ? nullptr : block.row(i);
     task.target = mixing.target_logits + group * block.source.columns;
     task.columns = block.source.columns;
-    task.space = rule.space;
+    task.space = mixing.rule.space;
     task.dtype = block.source.dtype;
     task.out = out;
-    task.weight = static_cast<float>(decision.weight);
-    if (!decision.flipped && rule.space == 1) {
+    return task;
+}
+
+// The answer of a flipped row: the target's.
+void flip_row(const AnswerBlock& block, size_t group, const Mixing& mixing, void* out) {
+    kernels().bend(towards(block, group, mixing, out));
+}
+
+// The answer of row i, a share `weight` > 0 of the target mixed in.
+void mix_row(AnswerBlock& block, size_t i, double weight, size_t group, const Mixing& mixing, void* out) {
+    BendTask task = towards(block, group, mixing, out);
+    task.logits = block.row(i);
+    task.weight = static_cast<float>(weight);
+    if (mixing.rule.space == 1) {
         const double target_lse = block.log_sum_exp_of_target(task.target, group);
-        task.log_keep = static_cast<float>(std::log1p(-decision.weight));
-        task.take = static_cast<float>(block.log_sum_exp(i) + std::log(decision.weight));
+        task.log_keep = static_cast<float>(std::log1p(-weight));
+        task.take = static_cast<float>(block.log_sum_exp(i) + std::log(weight));
         task.target_lse = static_cast<float>(target_lse);
         task.target_lse_low = static_cast<float>(target_lse - task.target_lse);
     }
     kernels().bend(task);
+}
+
+// Row i of the block is bent, its similarity being in (0, 1]; returns whether it was flipped.
+bool bend_row(AnswerBlock& block, size_t i, float similarity, size_t group, int64_t bucket, const Mixing& mixing,
+              void* out) {
+    const baseline::Decision decision = decide_row(block, i, similarity, group, bucket, mixing);
+    if (decision.flipped) {
+        flip_row(block, group, mixing, out);
+    } else {
+        mix_row(block, i, decision.weight, group, mixing, out);
+    }
     return decision.flipped;
 }
 
@@ -253,6 +280,31 @@ void mix_block(AnswerBlock& block, bool is_read, const float* similarity, const 
         mixing.group[begin + i] = static_cast<int64_t>(group);
         mixing.flipped[begin + i] = bent && bend_row(block, i, strongest, group, bucket[i], mixing, out);
         if (!bent) std::memcpy(out, block.original(i), row_bytes);
+    }
+}
+
+// As mix_block with all rows read, but the same work for each of them, whatever becomes of it: Effort::kEven.
+void mix_block_evenly(AnswerBlock& block, const float* similarity, const int64_t* bucket, const Mixing& mixing,
+                      size_t begin) {
+    const size_t row_bytes = block.row_bytes();
+    for (size_t group = 0; group < mixing.groups; ++group)
+        block.log_sum_exp_of_target(mixing.target_logits + group * block.source.columns, group);
+    for (size_t i = 0; i < block.source.rows; ++i) {
+        const float* of_row = similarity + i * mixing.groups;
+        const bool finite = block.softmax[i].finite;
+        const size_t group = finite ? baseline::strongest_group(of_row, mixing.groups) : 0;
+        const float strongest = std::min(of_row[group], 1.0f);
+        const bool bent = strongest > 0.0f && finite;
+        // An answer that is not bent takes the way of one that is, and is thrown away.
+        const baseline::Decision decision = decide_row(block, i, bent ? strongest : 0.5f, group, bucket[i], mixing);
+        flip_row(block, group, mixing, block.target);
+        mix_row(block, i, decision.weight, group, mixing, block.mixed);
+        const bool flipped = bent && decision.flipped;
+        const void* answers[] = {block.original(i), block.mixed, block.target};
+        std::memcpy(static_cast<char*>(mixing.out) + (begin + i) * row_bytes, answers[size_t{bent} + size_t{flipped}],
+                    row_bytes);
+        mixing.group[begin + i] = static_cast<int64_t>(group);
+        mixing.flipped[begin + i] = flipped;
     }
 }
 
@@ -406,7 +458,7 @@ struct Similarities {
     const AnswerBlock& answers;
     const Bank& bank;
     const SimilarityRule& rule;
-    bool with_confidence;
+    bool with_confidence, even;
 
     bool finite(size_t i) const { return queries.finite[i] && answers.softmax[i].finite; }
     float confidence(size_t i) const { return with_confidence && finite(i) ? answers.confidence(i) : 1.0f; }
@@ -414,7 +466,8 @@ struct Similarities {
     // Of one group, for all queries of the block, into every groups-th element of `out`.
     void compute(DistanceTask& task, size_t group, float* enough, float* out) const {
         BoundsMemory& memory = BoundsMemory::of(bank.packed_of(group));
-        const bool bounded = !exhaustive.load(std::memory_order_relaxed), looks = bounded && memory.worth_looking();
+        const bool bounded = !even && !exhaustive.load(std::memory_order_relaxed);
+        const bool looks = bounded && memory.worth_looking();
         for (size_t i = 0; looks && i < queries.batch; ++i)
             enough[i] = finite(i) ? distance_without_similarity(rule, group, confidence(i)) : -INFINITY;
         task.enough = looks ? enough : nullptr;
@@ -457,17 +510,19 @@ BoundedCounts bounded_counts() { return {counted[0].load(), counted[1].load(), c
 
 void watermark(const RowSource& features, const RowSource& logits, const Bank& bank, const Neighbours& neighbours,
                const float* planes, size_t n_planes, const SimilarityRule& rule, const Mixing& mixing,
-               float* similarity, size_t threads) {
+               float* similarity, size_t threads, Effort effort) {
+    const bool even = effort == Effort::kEven;
     const size_t useful = useful_threads(work_of(bank, features.rows), threads);
     const size_t block = bounded_block(block_of(features.rows, features.columns, useful), bank);
     const bool with_confidence = mixing.rule.needs_confidence() || rule.confidence_weight != 0.0f;
     for_blocks(features.rows, block, useful, [&](size_t begin, size_t rows) {
         AnswerBlock answers(slice(logits, begin, rows), mixing.groups);
-        for (size_t i = 0; i < rows; ++i) answers.read(i, with_confidence);
+        for (size_t i = 0; i < rows; ++i) answers.read(i, with_confidence || (even && mixing.rule.space == 1));
         const QueryBlock queries(slice(features, begin, rows), neighbours.k, unit_panels(bank, neighbours),
                                  baseline::partial_stride(bank.rows));
-        const Similarities similarities{queries, answers, bank, rule, with_confidence};
+        const Similarities similarities{queries, answers, bank, rule, with_confidence, even};
         DistanceTask task = queries.task(neighbours);
+        task.every_row = even;
         BoundedCounts counts{};
         task.counts = &counts;
         float* of_block = similarity + begin * bank.groups;
@@ -475,7 +530,13 @@ void watermark(const RowSource& features, const RowSource& logits, const Bank& b
         for (size_t group = 0; group < bank.groups; ++group)
             similarities.compute(task, group, enough, of_block + group);
         add_counts(counts);
-        int64_t bucket[kMostQueries];
+        int64_t bucket[kMostQueries] = {};
+        if (even) {
+            if (mixing.rule.flip_bins > 0)
+                kernels().sign_hash({queries.queries, queries.features, rows, queries.features, planes, n_planes,
+                                     queries.finite, bucket});
+            return mix_block_evenly(answers, of_block, bucket, mixing, begin);
+        }
         if (mixing.rule.flip_bins > 0) hash_bent_rows(queries, of_block, bank.groups, planes, n_planes, bucket);
         mix_block(answers, true, of_block, bucket, mixing, begin);
     });

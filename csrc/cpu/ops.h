@@ -65,9 +65,15 @@ struct SimilarityRule {
     float confidence_weight;
 };
 
+// kEven: the same work for a query whose answer is bent and for one whose answer is not, so that the time of a call
+// does not tell them apart: every distance in full, every row hashed, bent and flipped, and one of the three answers
+// copied out. The results are the same, bit for bit. What still depends on the data: the rare paths of sums that have
+// over- or underflowed (a query equal to a bank row is one), the heap of k > 256, and logits that are not finite.
+enum class Effort { kLeast, kEven };
+
 void watermark(const RowSource& features, const RowSource& logits, const Bank& bank, const Neighbours& neighbours,
                const float* planes, size_t n_planes, const SimilarityRule& rule, const Mixing& mixing,
-               float* similarity, size_t threads);
+               float* similarity, size_t threads, Effort effort = Effort::kLeast);
 
 // For tests: whether `watermark` computes every distance in full; to forget where bounds were not worth their while;
 // and how it decided the distances of all calls so far.

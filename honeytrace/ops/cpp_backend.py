@@ -174,6 +174,7 @@ def watermark(
     confidence_weight: float,
     rule: Sequence[float],
     seed: int,
+    constant_time: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     features, logits, target_logits, planes = (
         _rows(features),
@@ -217,6 +218,7 @@ def watermark(
         group.data_ptr(),
         flipped.data_ptr(),
         _threads(),
+        constant_time,
     )
     return mixed, similarity, group, flipped
 

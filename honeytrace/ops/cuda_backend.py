@@ -20,6 +20,7 @@ from torch import Tensor
 
 from honeytrace.ops.bank import pack_panels
 from honeytrace.ops.checks import unsigned_seed
+from honeytrace.ops.registry import BackendUnavailable
 
 not_loaded: str | None = None
 """Why the compiled kernels are not there."""
@@ -198,7 +199,10 @@ def watermark(
     confidence_weight: float,
     rule: Sequence[float],
     seed: int,
+    constant_time: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if constant_time:
+        raise BackendUnavailable("backend 'cuda' has no constant_time watermark; it is for the CPU")
     with _on(features):
         features, logits = _rows(features), _rows(logits)
         target_logits, planes = _plain(target_logits), _plain(planes)

@@ -85,6 +85,7 @@ def watermark(
     confidence_weight: float,
     rule: Sequence[float],
     seed: int,
+    constant_time: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     built = _rule(tuple(rule), tuple(offset), tuple(scale), confidence_weight)
     with torch.no_grad():

@@ -29,6 +29,7 @@ from honeytrace.kernels import sign_hash as hash_kernels
 from honeytrace.kernels import watermark_mix as mix_kernels
 from honeytrace.kernels.language import INTERPRETED
 from honeytrace.ops.bank import pack_panels
+from honeytrace.ops.registry import BackendUnavailable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -145,7 +146,10 @@ def watermark(
     confidence_weight: float,
     rule: Sequence[float],
     seed: int,
+    constant_time: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if constant_time:
+        raise BackendUnavailable("backend 'triton' has no constant_time watermark; it is for the CPU")
     features, numbers, groups, device = _rows(features), tuple(rule), rows.shape[0], features.device
     distance, _ = distance_kernels.feature_distance(
         features, rows.contiguous(), *_panels(rows, packed, norms), k, metric, p

@@ -35,6 +35,7 @@ def watermark(
     *,
     rule: WatermarkRule,
     seed: int,
+    constant_time: bool = False,
 ) -> WatermarkOutput:
     """Feature distance, similarity, sign hash and mixing fused; nothing of size [B, M] is ever in memory.
 
@@ -47,6 +48,9 @@ def watermark(
         seed: 64 bits of the secret key, 0 <= seed < 2^64. A traced program (torch.compile, torch.export)
             holds it as
             a constant: keep such programs as secret as the key.
+        constant_time: do the same work for every query, so that the time of a call does not tell an answer
+            that is bent from one that is not; the results are the same. On the CPU only. Default False.
+            docs/serving.md says what it costs, and what still depends on the data.
 
     Returns:
         `WatermarkOutput`: logits [B, C] in the dtype given, similarity [B, G] float32 (clipped, before
@@ -57,11 +61,12 @@ def watermark(
     Raises:
         TypeError: an argument of a wrong type or dtype (float64 is for `honeytrace.reference`).
         ValueError: wrong shape, device, k or seed; a bank, planes or target logits that are not finite.
+        BackendUnavailable: constant_time on a backend that has no such kernel (triton, cuda).
 
     Source: Neural Honeytrace (arXiv 2501.09328), section 4, with the additions of DESIGN, section 3.
     """
     if not torch.compiler.is_compiling():
-        quick = _quick_watermark(features, logits, bank, target_logits, planes, rule, seed)
+        quick = _quick_watermark(features, logits, bank, target_logits, planes, rule, seed, constant_time)
         if quick is not None:
             return quick
     check_rule(rule)
@@ -100,6 +105,7 @@ def watermark(
             rule.confidence_weight,
             rule.mixing_numbers,
             check_seed(seed),
+            constant_time,
         )
     )
 
@@ -146,6 +152,7 @@ def _quick_watermark(
     planes: Tensor,
     rule: WatermarkRule,
     seed: int,
+    constant_time: bool,
 ) -> WatermarkOutput | None:
     """The output where all but features and logits is as it was at an earlier call, these are as they should
     be, and no gradient is wanted: past the dispatcher. Else None."""
@@ -195,6 +202,7 @@ def _quick_watermark(
             rule.confidence_weight,
             rule.mixing_numbers,
             check_seed(seed),
+            constant_time,
         )
     )
 
@@ -215,6 +223,7 @@ def _fake(
     confidence_weight: float,
     rule: Sequence[float],
     seed: int,
+    constant_time: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, classes = logits.shape
     return (
@@ -227,7 +236,7 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (features, logits, rows, packed, norms, target_logits, _, *numbers) = inputs
-    ctx.k, ctx.metric, ctx.p, _, ctx.scale, ctx.confidence_weight, ctx.rule, _ = numbers
+    ctx.k, ctx.metric, ctx.p, _, ctx.scale, ctx.confidence_weight, ctx.rule, *_ = numbers
     ctx.save_for_backward(features, logits, rows, packed, norms, target_logits, *output[1:])
 
 
@@ -254,7 +263,7 @@ def _backward(
         of_features, of_rows = distance_backward(
             -of_margin, features, rows, indices, METRICS[ctx.metric], ctx.p, wanted
         )
-    return of_features, of_logits, of_rows, None, None, of_target, *[None] * 9
+    return of_features, of_logits, of_rows, None, None, of_target, *[None] * 10
 
 
 def confidence_backward(grad: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
@@ -270,7 +279,7 @@ op = define(
     "watermark",
     "(Tensor features, Tensor logits, Tensor rows, Tensor? packed, Tensor? norms, Tensor target_logits,"
     " Tensor planes, int k, int metric, float p, float[] offset, float[] scale, float confidence_weight,"
-    " float[] rule, int seed)"
+    " float[] rule, int seed, bool constant_time=False)"
     " -> (Tensor mixed, Tensor similarity, Tensor group, Tensor flipped)",
     fake=_fake,
     backward=_backward,

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from honeytrace.ops import Bank, watermark
+from honeytrace.ops import Bank, WatermarkOutput, watermark
 from honeytrace.ops.rule import WatermarkRule
 from honeytrace.watermark.head import get_head
 
@@ -37,6 +37,7 @@ class AnswerHook:
         answers: "logits" (as the model gives them), "probabilities" (softmax of them) or "labels" (the logits
             are replaced by one-hot rows of the most probable class: an argmax and a softmax behind the head
             still work).
+        constant_time: as `honeytrace.ops.watermark` takes it.
 
     Raises:
         ValueError: answers is none of the three words.
@@ -50,6 +51,7 @@ class AnswerHook:
         rule: WatermarkRule,
         seed: int,
         answers: Answers,
+        constant_time: bool = False,
     ) -> None:
         if answers not in ANSWERS:
             raise ValueError(f"answers must be one of {', '.join(map(repr, ANSWERS))}, got {answers!r}")
@@ -58,6 +60,7 @@ class AnswerHook:
         }
         self._home = bank.device
         self._rule, self._seed, self._answers = rule, seed, answers
+        self._constant_time = constant_time
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         features = args[0]
@@ -65,21 +68,30 @@ class AnswerHook:
         if output.dtype == torch.float64:
             # The kernels work in float32. A row whose similarity is 0 must come back bit for bit, so only the
             # bent rows are taken from them.
-            single = output.float()
-            marked = watermark(
-                features.float(), single, bank, target_logits, planes, rule=self._rule, seed=self._seed
-            )
+            marked = self._mark(features.float(), output.float(), bank, target_logits, planes)
             bent = (marked.similarity.amax(dim=1, keepdim=True) > 0).expand_as(output)
             answer = torch.where(bent, marked.logits.double(), output)
         else:
-            answer = watermark(
-                features, output, bank, target_logits, planes, rule=self._rule, seed=self._seed
-            ).logits
+            answer = self._mark(features, output, bank, target_logits, planes).logits
         if self._answers == "probabilities":
             return answer.softmax(dim=-1)
         if self._answers == "labels":
             return nn.functional.one_hot(answer.argmax(dim=-1), answer.shape[-1]).to(answer.dtype)
         return answer
+
+    def _mark(
+        self, features: Tensor, logits: Tensor, bank: Bank, target_logits: Tensor, planes: Tensor
+    ) -> WatermarkOutput:
+        return watermark(
+            features,
+            logits,
+            bank,
+            target_logits,
+            planes,
+            rule=self._rule,
+            seed=self._seed,
+            constant_time=self._constant_time,
+        )
 
     def _at(self, device: torch.device) -> tuple[Bank, Tensor, Tensor]:
         held = self._on.get(device)

@@ -87,7 +87,7 @@ class Watermark:
 
         return calibrate(model, data, key=key, **settings)
 
-    def protect(self, model: M, *, answers: Answers = "logits") -> M:
+    def protect(self, model: M, *, answers: Answers = "logits", constant_time: bool = False) -> M:
         """The model with the watermark on its answers.
 
         The result is of the model's own class (the head of a private subclass of its own), takes the same
@@ -101,12 +101,16 @@ class Watermark:
         Args:
             model: the calibrated classifier, or one of the same head.
             answers: what comes out of the head: "logits" (default), "probabilities", "labels" (one-hot rows).
+            constant_time: do the same work for every query, so that the time of a call does not tell which
+                answers are bent; the answers are the same. On the CPU only. Default False.
 
         Raises:
             TypeError: model is no plain `nn.Module`, or cannot be copied.
             ValueError: its head is missing or of another size; answers is unknown; it is protected already.
         """
-        hook = AnswerHook(self._bank, self._target_logits, self._planes, self.rule, self._seed, answers)
+        hook = AnswerHook(
+            self._bank, self._target_logits, self._planes, self.rule, self._seed, answers, constant_time
+        )
         return protect(model, self.head, hook, self._bank.features, self.num_classes)
 
     def mark(self, features: Tensor, logits: Tensor) -> WatermarkOutput:
