@@ -9,6 +9,7 @@ it was. Bank, targets and seed live in the hook: not among parameters and buffer
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
@@ -20,6 +21,9 @@ from honeytrace.watermark.head import get_head
 
 Answers = Literal["logits", "probabilities", "labels"]
 ANSWERS: tuple[Answers, ...] = ("logits", "probabilities", "labels")
+
+Observe = Callable[[WatermarkOutput], None]
+"""Told the marked answers of each call, and which were bent: a secret of the owner's."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,6 +42,7 @@ class AnswerHook:
             are replaced by one-hot rows of the most probable class: an argmax and a softmax behind the head
             still work).
         constant_time: as `honeytrace.ops.watermark` takes it.
+        observe: is told what the watermark did at every call.
 
     Raises:
         ValueError: answers is none of the three words.
@@ -52,6 +57,7 @@ class AnswerHook:
         seed: int,
         answers: Answers,
         constant_time: bool = False,
+        observe: Observe | None = None,
     ) -> None:
         if answers not in ANSWERS:
             raise ValueError(f"answers must be one of {', '.join(map(repr, ANSWERS))}, got {answers!r}")
@@ -60,7 +66,7 @@ class AnswerHook:
         }
         self._home = bank.device
         self._rule, self._seed, self._answers = rule, seed, answers
-        self._constant_time = constant_time
+        self._constant_time, self._observe = constant_time, observe
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         features = args[0]
@@ -82,7 +88,7 @@ class AnswerHook:
     def _mark(
         self, features: Tensor, logits: Tensor, bank: Bank, target_logits: Tensor, planes: Tensor
     ) -> WatermarkOutput:
-        return watermark(
+        output = watermark(
             features,
             logits,
             bank,
@@ -92,6 +98,9 @@ class AnswerHook:
             seed=self._seed,
             constant_time=self._constant_time,
         )
+        if self._observe is not None:
+            self._observe(output)
+        return output
 
     def _at(self, device: torch.device) -> tuple[Bank, Tensor, Tensor]:
         held = self._on.get(device)

@@ -24,7 +24,7 @@ from honeytrace.watermark.artifact import ArtifactError
 from honeytrace.watermark.cost import Cost, measure
 from honeytrace.watermark.groups import Family, Mark, TriggerGroup, draw_target
 from honeytrace.watermark.key import SecretKey
-from honeytrace.watermark.protected import AnswerHook, Answers, protect
+from honeytrace.watermark.protected import AnswerHook, Answers, Observe, protect
 from honeytrace.watermark.summary import Summary
 
 M = TypeVar("M", bound=nn.Module)
@@ -87,7 +87,14 @@ class Watermark:
 
         return calibrate(model, data, key=key, **settings)
 
-    def protect(self, model: M, *, answers: Answers = "logits", constant_time: bool = False) -> M:
+    def protect(
+        self,
+        model: M,
+        *,
+        answers: Answers = "logits",
+        constant_time: bool = False,
+        observe: Observe | None = None,
+    ) -> M:
         """The model with the watermark on its answers.
 
         The result is of the model's own class (the head of a private subclass of its own), takes the same
@@ -103,13 +110,23 @@ class Watermark:
             answers: what comes out of the head: "logits" (default), "probabilities", "labels" (one-hot rows).
             constant_time: do the same work for every query, so that the time of a call does not tell which
                 answers are bent; the answers are the same. On the CPU only. Default False.
+            observe: called with the `WatermarkOutput` of every call, for example to count what is bent. It is
+                given the owner's secret; a served model whose clients see what it does is a marked one no
+                more. Default None.
 
         Raises:
             TypeError: model is no plain `nn.Module`, or cannot be copied.
             ValueError: its head is missing or of another size; answers is unknown; it is protected already.
         """
         hook = AnswerHook(
-            self._bank, self._target_logits, self._planes, self.rule, self._seed, answers, constant_time
+            self._bank,
+            self._target_logits,
+            self._planes,
+            self.rule,
+            self._seed,
+            answers,
+            constant_time,
+            observe,
         )
         return protect(model, self.head, hook, self._bank.features, self.num_classes)
 
