@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from honeytrace import models as models
     from honeytrace import ops as ops
     from honeytrace import removal as removal
+    from honeytrace import serving as serving
     from honeytrace import training as training
     from honeytrace.ops import reference as reference
     from honeytrace.ops.rule import WatermarkRule as WatermarkRule
@@ -48,6 +49,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "reference": ("honeytrace.ops.reference", None),
     "removal": ("honeytrace.removal", None),
     "rehearse": ("honeytrace.rehearsal", "rehearse"),
+    "serving": ("honeytrace.serving", None),
     "training": ("honeytrace.training", None),
     "verify": ("honeytrace.ownership.verify", "verify"),
 }
@@ -69,6 +71,7 @@ __all__ = [
     "reference",
     "rehearse",
     "removal",
+    "serving",
     "training",
     "verify",
 ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import honeytrace
-from honeytrace import ownership_cli
+from honeytrace import ownership_cli, serving_cli
 from honeytrace.console import (
     DIRECTORY,
     FILE,
@@ -396,6 +396,7 @@ def _print_tree(fields: dict[str, Any], indent: str = "") -> None:
 
 
 ownership_cli.add_to(main)
+serving_cli.add_to(main)
 
 if __name__ == "__main__":
     main()
