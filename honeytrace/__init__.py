@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from honeytrace import evaluation as evaluation
     from honeytrace import extraction as extraction
     from honeytrace import models as models
+    from honeytrace import numpy as numpy
     from honeytrace import ops as ops
     from honeytrace import removal as removal
     from honeytrace import serving as serving
     from honeytrace import training as training
     from honeytrace.ops import reference as reference
-    from honeytrace.ops.rule import WatermarkRule as WatermarkRule
     from honeytrace.ownership.verdict import Verdict as Verdict
     from honeytrace.ownership.verify import verify as verify
     from honeytrace.rehearsal import rehearse as rehearse
+    from honeytrace.rule import WatermarkRule as WatermarkRule
     from honeytrace.watermark.calibration import calibrate as calibrate
     from honeytrace.watermark.key import SecretKey as SecretKey
     from honeytrace.watermark.watermark import Watermark as Watermark
@@ -37,7 +38,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "SecretKey": ("honeytrace.watermark.key", "SecretKey"),
     "Verdict": ("honeytrace.ownership.verdict", "Verdict"),
     "Watermark": ("honeytrace.watermark.watermark", "Watermark"),
-    "WatermarkRule": ("honeytrace.ops.rule", "WatermarkRule"),
+    "WatermarkRule": ("honeytrace.rule", "WatermarkRule"),
     "baselines": ("honeytrace.baselines", None),
     "calibrate": ("honeytrace.watermark.calibration", "calibrate"),
     "data": ("honeytrace.data", None),
@@ -45,6 +46,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "evaluation": ("honeytrace.evaluation", None),
     "extraction": ("honeytrace.extraction", None),
     "models": ("honeytrace.models", None),
+    "numpy": ("honeytrace.numpy", None),
     "ops": ("honeytrace.ops", None),
     "reference": ("honeytrace.ops.reference", None),
     "removal": ("honeytrace.removal", None),
@@ -67,6 +69,7 @@ __all__ = [
     "evaluation",
     "extraction",
     "models",
+    "numpy",
     "ops",
     "reference",
     "rehearse",

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from honeytrace.ops.rule import check_integer, check_number
+from honeytrace.rule import check_integer, check_number
 
 
 class Full(RuntimeError):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from honeytrace.ops.rule import check_integer, check_number
+from honeytrace.rule import check_integer, check_number
 
 Answers = Literal["probabilities", "logits", "labels"]
 ANSWERS: tuple[Answers, ...] = ("probabilities", "logits", "labels")

@@ -11,11 +11,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+
+if TYPE_CHECKING:  # honeytrace.numpy reads files without torch
+    from torch import Tensor
 
 FORMAT = "honeytrace-watermark"
 VERSION = 1
@@ -27,14 +28,22 @@ class ArtifactError(ValueError):
 
 def encode(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> memoryview:
     """The file's bytes, to be written with `honeytrace.files.write_private`."""
+    from safetensors.torch import save
+
     # One entry: safetensors writes several in random order, and equal watermarks shall be equal files.
     metadata = {FORMAT: json.dumps({"version": VERSION, "fields": fields}, sort_keys=True)}
     # save gives bytes; as a memoryview they show in no crash report that lists local variables.
     return memoryview(save({name: t.detach().contiguous() for name, t in tensors.items()}, metadata))
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(
+    path: str | os.PathLike[str], framework: Literal["pt", "np"] = "pt"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors and fields of a file whose bytes `encode` made.
+
+    Args:
+        path: the file.
+        framework: "pt" (default) gives torch tensors, "np" NumPy arrays without importing torch.
 
     An error names the file and the kind of damage, never what the damaged place holds: that may be the flip
     seed. It is raised where no local variable and no earlier exception holds it either.
@@ -47,7 +56,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     if not path.is_file():
         raise FileNotFoundError(f"no watermark file at {path}")
     try:
-        return _decode(path)
+        return _decode(path, framework)
     except ArtifactError as error:
         message = str(error)
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
@@ -55,8 +64,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     raise ArtifactError(f"{path} {message}")
 
 
-def _decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:
+def _decode(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    with safe_open(path, framework=framework) as file:
         metadata = file.metadata() or {}
         if FORMAT not in metadata:
             raise ArtifactError("is a safetensors file, but not a Honeytrace watermark")
@@ -67,7 +76,8 @@ def _decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ArtifactError(f"has format version {known}; this Honeytrace reads {VERSION}")
         fields = held.get("fields")
         # Copies: what safe_open gives is the file mapped into memory, and changes when the file does.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        held_tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        tensors = {name: t.copy() if framework == "np" else t.clone() for name, t in held_tensors.items()}
     if not isinstance(fields, dict):
         raise ArtifactError("is damaged: its fields are no JSON object")
     return tensors, fields
