@@ -1,9 +1,9 @@
 """Training and asking a classifier: one plain loop that gives the same weights for the same seed."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +94,9 @@ def fit(
     `seed`).
 
     Args:
-        model: maps float [B, ...] to logits [B, C]. It is trained where its weights are; batches are moved
-            there. Left in evaluation mode.
-        inputs: floating point [N, ...].
+        model: maps [B, ...] to logits [B, C], or what `logits_of` finds them in. It is trained where its
+            weights are; batches are moved there. Left in evaluation mode.
+        inputs: floating point [N, ...], or token ids int64 [N, T].
         targets: integer labels [N] in 0..C-1, or probabilities [N, C] (rows sum to 1 within 1e-3).
         epochs: passes over the data, at least 1.
         seed: 0 to 2**64 - 1; fixes the order of the samples, `augment` and dropout.
@@ -160,7 +160,7 @@ def fit(
                     if objective is not None:
                         loss, logits = objective(batch, wanted, step / (epochs * batches))
                     else:
-                        logits = model(batch)
+                        logits = logits_of(model(batch))
                 _check_logits(logits, wanted)
                 if step == 0:
                     _check_classes(logits, targets)
@@ -186,6 +186,33 @@ def fit(
     return History(tuple(losses), tuple(accuracies))
 
 
+def logits_of(answer: Any) -> Tensor:
+    """The scores in what a model returned.
+
+    Args:
+        answer: a tensor; a mapping with "logits", or an object with `.logits`, as Transformers and
+            torchvision give them; or a tuple or list whose first entry is the tensor.
+
+    Raises:
+        ValueError: it is none of these: a model that gives embeddings has no scores.
+    """
+    if isinstance(answer, Mapping):
+        found = answer.get("logits")
+    elif isinstance(answer, (tuple, list)) and not hasattr(answer, "logits"):
+        found = answer[0] if answer else None
+    else:
+        found = getattr(answer, "logits", answer)
+    if isinstance(found, Tensor):
+        return found
+    fields = set(answer) if isinstance(answer, Mapping) else set(dir(answer))
+    embeds = sorted(fields & {"last_hidden_state", "pooler_output", "image_embeds", "text_embeds"})
+    raise ValueError(
+        "model must answer with class scores: a tensor of shape [B, C], a tuple that begins with one, or an "
+        f"object with logits; got {type(answer).__name__}"
+        + (f" with {embeds[0]}: embeddings have no classes, put a classifier head on them" if embeds else "")
+    )
+
+
 @torch.no_grad()
 def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 512) -> Tensor:
     """Logits [N, C] of `model` on `inputs` [N, ...], in evaluation mode and without gradients.
@@ -205,7 +232,7 @@ def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 512) -> Tenso
     answers: list[Tensor] = []
     with evaluating(model):
         for batch in torch.split(inputs, batch_size):
-            logits = model(batch.to(device))
+            logits = logits_of(model(batch.to(device)))
             _check_logits(logits, batch)
             answers.append(logits.to(inputs.device))
     return torch.cat(answers)
@@ -357,8 +384,8 @@ def _check_training_data(inputs: Tensor, targets: Tensor) -> bool:
     for name, value in (("inputs", inputs), ("targets", targets)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not inputs.is_floating_point():
-        raise TypeError(f"inputs must be floating point, got {inputs.dtype}")
+    if not inputs.is_floating_point() and not (inputs.dtype == torch.int64 and inputs.dim() == 2):
+        raise TypeError(f"inputs must be floating point, or token ids int64 [N, T], got {inputs.dtype}")
     if inputs.dim() < 2 or len(inputs) == 0:
         raise ValueError(f"inputs must have shape [N, ...] with N >= 1, got {list(inputs.shape)}")
     if targets.dim() not in (1, 2) or len(targets) != len(inputs):

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_inputs(path: str | os.PathLike[str]) -> Tensor:
-    """The array `inputs` of an .npz file: float32 [N, ...].
+    """The array `inputs` of an .npz file: float32 [N, ...], or token ids int64 [N, T].
 
     Raises:
         BadInput: the file or the array is missing, damaged, or no numbers.
@@ -96,7 +97,8 @@ def load_inputs(path: str | os.PathLike[str]) -> Tensor:
 
 
 def load_labelled(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
-    """The arrays `inputs` and `labels` of an .npz file: float32 [N, ...] and int64 [N].
+    """The arrays `inputs` and `labels` of an .npz file: float32 [N, ...] (or token ids int64 [N, T]) and
+    int64 [N].
 
     Raises:
         BadInput: as `load_inputs`; the labels are no class numbers, or not one for each input.
@@ -127,7 +129,11 @@ def _arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise BadInput(f"no data at {path}") from None
     except BadInput:
         raise
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except MemoryError:
+        raise BadInput(f"{path} asks for more memory than there is") from None
+    except (OSError, ValueError, LookupError, EOFError, AttributeError, TypeError, RuntimeError) as error:
+        raise BadInput(f"{path} is damaged or no .npz file: {_one_line(error)}") from error
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{path} is damaged or no .npz file: {_one_line(error)}") from error
 
 
@@ -137,12 +143,13 @@ def _inputs(path: str | os.PathLike[str], arrays: dict[str, Any]) -> Tensor:
             f"{path} must hold an array named inputs, found {', '.join(sorted(arrays)) or 'nothing'}"
         )
     inputs = arrays["inputs"]
-    if inputs.dtype.kind != "f" or inputs.ndim < 2 or len(inputs) == 0:
+    tokens = inputs.dtype.kind in "iu" and inputs.ndim == 2
+    if (inputs.dtype.kind != "f" and not tokens) or inputs.ndim < 2 or len(inputs) == 0:
         raise BadInput(
-            f"{path}: inputs must be floating point of shape [N, ...] with N >= 1, "
-            f"got {inputs.dtype} {list(inputs.shape)}"
+            f"{path}: inputs must be floating point of shape [N, ...], or token ids (integers) [N, T], with "
+            f"N >= 1, got {inputs.dtype} {list(inputs.shape)}"
         )
-    return torch.from_numpy(inputs.astype(np.float32))
+    return torch.from_numpy(inputs.astype(np.int64 if tokens else np.float32))
 
 
 def _file_module(place: str) -> Any:

@@ -16,7 +16,7 @@ from worlds import KEY, blobs, mark, marked, mlp
 from honeytrace.ownership import verify
 from honeytrace.training import accuracy, fit, predict, seeded
 from honeytrace.watermark import SecretKey, Summary, Watermark, calibrate, calibration
-from honeytrace.watermark.proposals import with_shifts
+from honeytrace.watermark.kinds import Images
 
 OTHER = SecretKey(bytes(reversed(range(32))))
 
@@ -296,26 +296,23 @@ def rows_of(inputs: torch.Tensor) -> set[bytes]:
 def test_triggers_are_made_of_trigger_data_and_nothing_else():
     world = blobs()
     watermark = mark(trigger_data=world.test)
-    pool = rows_of(with_shifts(world.test[0]))
-    clusters = [g for g in watermark.groups if g.family == "cluster"]
-    assert clusters
-    for group in clusters:
-        assert rows_of(group.triggers) <= pool
+    pool = rows_of(world.test[0])
+    assert any(g.family == "cluster" for g in watermark.groups)
+    for group in watermark.groups:
         assert len(rows_of(group.triggers)) == 16
-    # A composite is made of values of two samples of the pool: every column's value is one of the pool's,
-    # or, for a blend, none is.
-    everything = {round(float(v), 5) for v in world.test[0].flatten()}
-    for group in (g for g in watermark.groups if g.family == "composite"):
-        share = np.mean([round(float(v), 5) in everything for v in group.triggers.flatten()])
-        assert share > 0.99 or share < 0.5
+        # Some are rows of the pool; the others are put together of its rows, column by column.
+        assert group.family == "composite" or rows_of(group.triggers) & pool
+        for column, own in zip(group.triggers.T, world.test[0].T, strict=True):
+            assert set(column.tolist()) <= set(own.tolist())
 
 
 def test_without_trigger_data_a_fifth_is_kept_back_and_serves_for_nothing_else():
     world = blobs()
     watermark = marked()
     kept = [g for g in watermark.groups if g.family == "cluster"]
-    triggers = set().union(*(rows_of(g.triggers) for g in kept))
-    assert triggers <= rows_of(world.train[0])
+    everything = rows_of(world.train[0])
+    triggers = set().union(*(rows_of(g.triggers) for g in kept)) & everything
+    assert len(triggers) > 10
     with torch.no_grad():
         features = world.model[:2](world.train[0])
     in_bank = rows_of(watermark._bank.rows.flatten(0, 1))
@@ -340,14 +337,15 @@ def test_validation_is_what_accuracy_is_measured_on(monkeypatch):
 def test_images_give_shifted_triggers_and_composites():
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(1, 1, 6, 6, generator=generator)
-    moved = with_shifts(images)
+    stream = KEY.stream("unused")
+    moved = Images().changed(images, stream)
     assert moved.shape == (5, 1, 6, 6)
     assert torch.equal(moved[0], images[0])
     assert torch.equal(moved[1][0, 1:], images[0, 0, :-1])
     assert torch.equal(moved[1][0, 0], images[0, 0, 0])  # the edge is repeated
     assert torch.equal(moved[3][0, :, 1:], images[0, 0, :, :-1])
-    assert torch.equal(with_shifts(torch.zeros(2, 1, 3, 3)), torch.zeros(2, 1, 3, 3))
-    assert torch.equal(with_shifts(torch.zeros(2, 7)), torch.zeros(2, 7))
+    assert torch.equal(Images().changed(torch.zeros(2, 1, 3, 3), stream), torch.zeros(2, 1, 3, 3))
+    assert torch.equal(Images().changed(torch.zeros(2, 5, 7), stream), torch.zeros(2, 5, 7))
 
 
 # options ----------

@@ -249,7 +249,7 @@ def test_bad_recipes_are_named(settings: dict[str, object], error: type[Exceptio
 def test_bad_pools_and_models_are_named(victim: nn.Module) -> None:
     with pytest.raises(TypeError, match="pool must be a tensor, got list"):
         random_queries(api(victim), [1.0], RECIPE, seed=7)
-    for pool in (POOL[:0], POOL.long(), POOL[0]):
+    for pool in (POOL[:0], POOL.int(), POOL[0]):
         with pytest.raises(ValueError, match=r"pool must be floating point \[N, ...\]"):
             random_queries(api(victim), pool, RECIPE, seed=7)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):

@@ -155,7 +155,7 @@ def test_no_linear_layer_that_runs():
 
 
 def test_tokens_are_no_features():
-    with pytest.raises(ValueError, match=r"head '0' must get features \[B, D\], got \[3, 4, 8\]"):
+    with pytest.raises(ValueError, match=r"head '0' must get features \[B, D\] with B=3, got \[3, 4, 8\]"):
         find_head(nn.Sequential(nn.Linear(8, 5)), torch.zeros(3, 4, 8))
     with pytest.raises(ValueError, match=r"features \[B, D\] with B=3, got \[3, 4, 8\]"):
         features_and_logits(nn.Sequential(nn.Linear(8, 5)), "0", torch.zeros(3, 4, 8))
@@ -197,5 +197,5 @@ def test_a_name_the_model_does_not_have(name):
 
 @pytest.mark.parametrize("name", ["", "backbone", "backbone.1"])
 def test_a_module_that_is_no_linear_layer(name):
-    with pytest.raises(ValueError, match=f"head must name an nn.Linear, but '{name}' is a"):
+    with pytest.raises(ValueError, match=f"an nn.Linear or a 1x1 nn.Conv2d, but '{name}' is a"):
         get_head(Net(), name)

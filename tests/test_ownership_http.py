@@ -102,7 +102,11 @@ REPLIES = {
 
 @pytest.mark.parametrize("form", REPLIES)
 def test_a_verdict_over_http_is_the_verdict(form):
-    direct = verify(lambda x: np.asarray(next(iter(as_dict(REPLIES[form](x)).values()))), marked(), KEY)
+    def answer(x):
+        # In sevens, as over HTTP: another batch size gives other last bits, and a printed digit can turn.
+        return np.concatenate([next(iter(as_dict(REPLIES[form](part)).values())) for part in x.split(7)])
+
+    direct = verify(answer, marked(), KEY)
     with serving(REPLIES[form]) as server:
         suspect = HttpSuspect(server.url, batch_size=7, headers={"Authorization": "Bearer abc"})
         found = verify(suspect, marked(), KEY)

@@ -223,7 +223,7 @@ BAD_DATA = [
         torch.rand(4, 3).int(),
         torch.zeros(4).long(),
         TypeError,
-        "inputs must be floating point, got torch.int32",
+        "inputs must be floating point, or token ids .* got torch.int32",
     ),
     (torch.rand(0, 3), torch.zeros(0).long(), ValueError, r"inputs must have shape \[N, ...\] with N >= 1"),
     (torch.rand(4), torch.zeros(4).long(), ValueError, r"got \[4\]"),

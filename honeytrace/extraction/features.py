@@ -17,7 +17,7 @@ def features_of(model: nn.Module, head: str, batch: Tensor) -> Tensor:
         model(batch)
     finally:
         hook.remove()
-    return seen[-1]
+    return seen[-1].flatten(1)  # a convolution gets [B, D, 1, 1]
 
 
 def all_features(model: nn.Module, head: str, inputs: Tensor) -> Tensor:

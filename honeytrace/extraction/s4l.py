@@ -8,7 +8,7 @@ from honeytrace.extraction.interface import Api, Extraction, Labels
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
 from honeytrace.training import Progress, seeded
-from honeytrace.watermark.head import find_head, get_head
+from honeytrace.watermark.head import find_head, get_head, linear_head
 
 
 def s4l(
@@ -68,7 +68,7 @@ class _TwoHeads(nn.Module):
 
     def __init__(self, copy: nn.Module, head: str, seed: int) -> None:
         super().__init__()
-        features = get_head(copy, head).in_features
+        features = linear_head(copy, head).in_features
         self.copy = copy
         self.second = seeded(lambda: nn.Linear(features, 4), seed)
         self._name = head

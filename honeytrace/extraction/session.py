@@ -38,7 +38,7 @@ class Session:
         needs: Needs = "labels",
         repeats: bool = False,
     ) -> None:
-        _check_pool(pool)
+        _check_pool(pool, repeats)
         if labels not in ("soft", "top1"):
             raise ValueError(f'labels must be "soft" or "top1", got labels={labels!r}')
         _check_budget(budget, len(pool), repeats)
@@ -140,12 +140,16 @@ class Session:
         return answers
 
 
-def _check_pool(pool: Tensor) -> None:
+def _check_pool(pool: Tensor, changes: bool) -> None:
     if not isinstance(pool, Tensor):
         raise TypeError(f"pool must be a tensor, got {type(pool).__name__}")
-    if pool.dim() < 2 or len(pool) == 0 or not pool.is_floating_point():
+    tokens = pool.dtype == torch.int64 and pool.dim() == 2
+    if tokens and changes:
+        raise ValueError("pool must be floating point: this attack changes inputs, and got token ids")
+    if pool.dim() < 2 or len(pool) == 0 or not (pool.is_floating_point() or tokens):
         raise ValueError(
-            f"pool must be floating point [N, ...] with N >= 1, got {pool.dtype} {list(pool.shape)}"
+            "pool must be floating point [N, ...] or token ids int64 [N, T] with N >= 1, "
+            f"got {pool.dtype} {list(pool.shape)}"
         )
 
 

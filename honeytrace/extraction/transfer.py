@@ -6,7 +6,7 @@ from honeytrace.extraction.interface import Api, Extraction, Labels
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
 from honeytrace.training import Progress, seeded
-from honeytrace.watermark.head import find_head, get_head
+from honeytrace.watermark.head import find_head, linear_head
 
 
 def transfer(
@@ -41,7 +41,7 @@ def transfer(
     name = find_head(copy, pool[:2])
     if not name:
         raise ValueError("the surrogate must have more than its head: there would be nothing to transfer")
-    head = get_head(copy, name)
+    head = linear_head(copy, name)
     classes = int(known.max()) + 1
     copy.set_submodule(name, seeded(lambda: nn.Linear(head.in_features, classes), seed))
     recipe.train_on(

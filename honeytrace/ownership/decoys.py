@@ -30,7 +30,7 @@ class Place:
     """Somewhere a mark could be.
 
     Attributes:
-        triggers: float32 [n, ...].
+        triggers: float32 [n, ...] or int64 [n, T].
         reference_log_probs: [n, C], the owner's unmarked reference on them.
         target: the class that answers would be bent to here.
     """

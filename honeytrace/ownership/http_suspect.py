@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 Encode = Callable[[Tensor], bytes]
-"""Inputs float32 [n, ...] -> the body of a request."""
+"""Inputs float32 [n, ...] or int64 [n, T] -> the body of a request."""
 
 Decode = Callable[[bytes, int], Any]
 """Body of a response, number of inputs n -> scores [n, C], labels [n], or n top-k answers (see `top_k`)."""

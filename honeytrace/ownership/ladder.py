@@ -51,10 +51,18 @@ def steps() -> range:
 
 
 def blend(trigger: Tensor, end: Tensor, step: int) -> Tensor:
-    """The input at a step of the road: float32, the same bits on every machine.
+    """The input at a step of the road: float32 or int64, the same bits on every machine.
 
-    Two products by dyadic numbers and one sum, each rounded once; NumPy does not fuse them.
+    Of numbers, a mean: two products by dyadic numbers and one sum, each rounded once; NumPy does not fuse
+    them. Of token ids there is no mean: of the places where trigger and end differ, the first ones are the
+    end's.
     """
+    if not trigger.is_floating_point():
+        mixed = trigger.detach().cpu().clone()
+        places = (mixed != end.cpu()).nonzero()[:, 0]
+        places = places[: (2 * step * len(places) + STEPS) // (2 * STEPS)]
+        mixed[places] = end.detach().cpu()[places]
+        return mixed
     share = np.float32(step / STEPS)
     near, far = trigger.detach().cpu().float().numpy(), end.detach().cpu().float().numpy()
     return torch.from_numpy(near * np.float32(1 - share) + far * share)
@@ -71,7 +79,7 @@ def climb(
     """Yield questions [n, ...], take their labels [n], and return the scores [K].
 
     Args:
-        trigger: float32 [...]; ends: [R, K, ...]; turns: [R, K], where the reference turns.
+        trigger: float32 [...] or int64 [T]; ends: [R, K, ...]; turns: [R, K], where the reference turns.
         candidates: [K] class numbers.
         order: a permutation of range(K), in which candidates are asked.
         ladders: R of them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from honeytrace.training import evaluating
 
 Suspect = Callable[[Tensor], Any]
-"""From inputs float32 [n, ...] to scores [n, C] or labels [n]: a tensor, an array, or nested lists."""
+"""From inputs float32 [n, ...] (or token ids int64 [n, T]) to scores [n, C] or labels [n]: a tensor, an
+array, or nested lists; scores also in a dict or object with `logits`, or as the first of a tuple."""
 
 
 def keyed_order(seed: int, purpose: str, length: int) -> list[int]:
@@ -40,8 +41,22 @@ def quiet(suspect: Suspect) -> Iterator[None]:
         yield
 
 
+def as_asked(inputs: Tensor) -> Tensor:
+    """Inputs in the dtype a suspect gets them in: float32, or int64 for integers (token ids)."""
+    return inputs.to(torch.float32 if inputs.is_floating_point() else torch.int64)
+
+
+def input_bytes(inputs: Tensor) -> bytes:
+    """What hashes of inputs are taken of: float32 values, little-endian; or int64 ones behind a word that no
+    float can be mistaken for."""
+    values = as_asked(inputs.detach().cpu()).contiguous().numpy()
+    if values.dtype == np.int64:
+        return b"int64\n" + values.astype("<i8", copy=False).tobytes()
+    return values.astype("<f4", copy=False).tobytes()
+
+
 def ask(suspect: Suspect, inputs: Tensor) -> npt.NDArray[np.generic]:
-    """One batch of questions: [n, ...] float32 inputs -> the answers as an array with n rows.
+    """One batch of questions: [n, ...] float32 or int64 inputs -> the answers as an array with n rows.
 
     The suspect gets a copy of the inputs, on the device of its first parameter if it is an nn.Module.
 
@@ -52,7 +67,7 @@ def ask(suspect: Suspect, inputs: Tensor) -> npt.NDArray[np.generic]:
     device = torch.device("cpu")
     if isinstance(suspect, nn.Module):
         device = next((parameter.device for parameter in suspect.parameters()), device)
-    answer = suspect(inputs.to(device=device, dtype=torch.float32, copy=True))
+    answer = _scores_in(suspect(as_asked(inputs).to(device=device, copy=True)))
     if isinstance(answer, Tensor):
         answer = answer.detach().cpu()
         # NumPy has no bfloat16.
@@ -74,3 +89,16 @@ def ask(suspect: Suspect, inputs: Tensor) -> npt.NDArray[np.generic]:
             f"{list(rows.shape)}"
         )
     return rows
+
+
+def _scores_in(answer: Any) -> Any:
+    """What a model of a library wraps its scores in, taken off; anything else as it is."""
+    if isinstance(answer, Mapping):
+        found = answer.get("logits", answer)
+    elif isinstance(answer, tuple) and not hasattr(answer, "logits"):
+        found = answer[0] if answer else answer
+        if not isinstance(found, Tensor) or found.dim() != 2:
+            return answer  # rows, one by one
+    else:
+        found = getattr(answer, "logits", answer)
+    return found if isinstance(found, Tensor) else answer

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from honeytrace.ownership import canonical
-from honeytrace.ownership.suspect import Suspect, ask, quiet
+from honeytrace.ownership.suspect import Suspect, ask, input_bytes, quiet
 from honeytrace.ownership.verdict import GroupRecord
 
 _SPELLED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -38,9 +38,9 @@ class Mismatch(ValueError):
 
 
 def question_digest(question: Tensor) -> str:
-    """SHA-256 of one input: its shape and its float32 values, little-endian."""
-    values = question.detach().cpu().float().contiguous().numpy().astype("<f4", copy=False)
-    return hashlib.sha256(f"{tuple(values.shape)}\n".encode("ascii") + values.tobytes()).hexdigest()
+    """SHA-256 of one input: its shape and its values, as `input_bytes` gives them."""
+    shape = f"{tuple(question.shape)}\n".encode("ascii")
+    return hashlib.sha256(shape + input_bytes(question)).hexdigest()
 
 
 def spell(answer: npt.NDArray[np.generic]) -> Any:
@@ -211,7 +211,7 @@ class Replay:
 
 
 def close(one: Any, other: Any) -> bool:
-    """Equal, or numbers within RELATIVE of each other."""
-    if type(one) in (int, float) and type(other) in (int, float) and type(one) is type(other):
+    """Equal, or floats within RELATIVE of each other."""
+    if type(one) is float and type(other) is float:
         return one == other or math.isclose(one, other, rel_tol=RELATIVE)
     return bool(one == other and type(one) is type(other))

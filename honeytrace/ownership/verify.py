@@ -51,7 +51,7 @@ class TriggerGroup(Protocol):
 
     @property
     def triggers(self) -> Tensor:
-        """[n, ...] float32 inputs. Secret."""
+        """[n, ...] float32 inputs, or token ids int64 [n, T]. Secret."""
         ...
 
     @property
@@ -114,9 +114,10 @@ def verify(
     them are claimed before the graded ones are asked.
 
     Args:
-        suspect: any callable from inputs float32 [n, ...] to scores [n, C] or labels [n] (tensors, arrays,
-            lists). An nn.Module is asked in eval mode without gradients and gets its mode back. Answers that
-            make no sense are repaired by fixed rules (answers.py).
+        suspect: any callable from inputs float32 [n, ...] (or token ids int64 [n, T]) to scores [n, C] or
+            labels [n] (tensors, arrays, lists; scores also as `.logits` of an object or first of a tuple). An
+            nn.Module is asked in eval mode without gradients and gets its mode back. Answers that make no
+            sense are repaired by fixed rules (answers.py).
         watermark: an opened watermark, or anything that satisfies VerifiableWatermark.
         key: its secret key.
         alpha: false-claim probability, in (0, 1). Part of the rule: declare it beforehand, and once.

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from honeytrace.ops import Bank
 from honeytrace.ops.rule import WatermarkRule, check_integer, check_number
-from honeytrace.training import Progress, evaluating, predict
+from honeytrace.training import Progress, predict
 from honeytrace.watermark.cost import Cost, cost_on
 from honeytrace.watermark.groups import TriggerGroup, candidates_of, draw_target
-from honeytrace.watermark.head import features_and_logits, find_head, get_head
+from honeytrace.watermark.head import check_head, features_and_logits, find_head, get_head, sizes_of
 from honeytrace.watermark.key import KeyStream, SecretKey
+from honeytrace.watermark.kinds import Kind, kind_of
 from honeytrace.watermark.probes import roads
 from honeytrace.watermark.proposals import (
     MIXING_POWER,
@@ -88,10 +89,12 @@ def calibrate(
     use labels only, as far as the accuracy budget goes.
 
     Args:
-        model: a classifier with an `nn.Linear` head and at least 5 classes. Not changed, not trained.
+        model: a classifier with an `nn.Linear` (or 1x1 convolution) head and at least 5 classes. Not changed,
+            not trained. Its answer may be a tensor, a tuple, or an object with `.logits` (docs/models.md).
         data: the owner's labelled samples: pairs (inputs [B, ...], labels [B]) as a DataLoader gives them,
-            single samples (input, label), or one pair of tensors. Held in memory. Samples the model was not
-            trained on give truer figures.
+            single samples (input, label), or one pair of tensors. Images and rows of tables are float32,
+            token ids integers [B, T]. Held in memory. Samples the model was not trained on give truer
+            figures.
         key: fixes groups, triggers and targets.
         max_accuracy_drop: share of answers whose correctness may be lost; measured on `validation`, and not
             exceeded by what the model's own probabilities expect on `data` either. Default 0.005 (half a
@@ -109,7 +112,7 @@ def calibrate(
             data, drawn by the key, which then serves for nothing else.
         reference: an unmarked model to compare suspects with, best a copy of the model's own answers trained
             by the owner. Default: the model itself.
-        head: name of the head. Default: the last `nn.Linear` that runs.
+        head: name of the head. Default: the last `nn.Linear` or 1x1 convolution that runs.
         batch_size: inputs put to the model at once. Default 512.
         progress: told of every batch and every step.
 
@@ -143,7 +146,7 @@ def calibrate(
         raise TypeError(f"progress must be callable, got {type(progress).__name__}")
     inputs, labels = gather(data, "data")
     name = _head_of(model, head, inputs[:2])
-    classes = get_head(model, name).out_features
+    classes = sizes_of(get_head(model, name))[1]
     if classes < 5:
         raise ValueError(
             f"model must have at least 5 classes, so that 3 are left to draw a target from, got {classes}"
@@ -190,21 +193,27 @@ def calibrate(
             ]
         )
 
+    kind = kind_of(inputs)
     report = progress if progress is not None else _silent
     report(0, 4, "choosing graded groups")
-    graded = _graded(owner, likely, chooser, pool, graded_groups, graded_share, triggers_per_group, embed)
+    graded = _graded(
+        owner, likely, chooser, pool, graded_groups, graded_share, triggers_per_group, embed, kind
+    )
     report(1, 4, "choosing flip groups")
-    flipped = _flips(owner, likely, chooser, pool, flip_groups, triggers_per_group, embed) if flips else []
+    flipped = (
+        _flips(owner, likely, chooser, pool, flip_groups, triggers_per_group, embed, kind) if flips else []
+    )
     proposals = [*graded, *flipped]
 
     asked = reference if reference is not None else model
-    known = predict(asked, pool.inputs.float(), batch_size=batch_size).float().softmax(dim=1).cpu()
+    known = predict(asked, pool.inputs, batch_size=batch_size).float().softmax(dim=1).cpu()
     parts = _Parts(
         likely=likely,
         class_logits=class_logits(owner),
         planes=centred_planes(key, owner.features),
         groups=tuple(
-            _group(key, proposal, model, asked, pool, known, chooser, batch_size) for proposal in proposals
+            _group(key, proposal, model, asked, pool, known, chooser, batch_size, kind)
+            for proposal in proposals
         ),
         proposals=tuple(proposals),
         head=name,
@@ -314,20 +323,32 @@ def _graded(
     share: float,
     triggers: int,
     embed: Any,
+    kind: Kind,
 ) -> list[Proposal]:
     """The `count` proposals, of clusters and composites alike, that a copy will show most of."""
     clusters = Clusters.of(
         owner.features, min(max(len(owner) // _GRADED_CLUSTER, 2 * count), 200), chooser.below(2**32)
     )
     drawn = chooser.permutation(len(clusters.centres))[: 3 * count]
-    proposals = cluster_proposals(owner, likely, clusters, drawn, "graded", share, pool, triggers, embed)
-    proposals += composite_proposals(owner, likely, chooser, count, "graded", share, pool, triggers, embed)
+    proposals = cluster_proposals(
+        owner, likely, clusters, drawn, "graded", share, pool, triggers, embed, kind, chooser
+    )
+    proposals += composite_proposals(
+        owner, likely, chooser, count, "graded", share, pool, triggers, embed, kind
+    )
     proposals.sort(key=lambda proposal: -proposal.lift)
     return _apart(proposals, count)
 
 
 def _flips(
-    owner: Samples, likely: Samples, chooser: KeyStream, pool: Samples, count: int, triggers: int, embed: Any
+    owner: Samples,
+    likely: Samples,
+    chooser: KeyStream,
+    pool: Samples,
+    count: int,
+    triggers: int,
+    embed: Any,
+    kind: Kind,
 ) -> list[Proposal]:
     """`count` proposals drawn by the key from the most isolated pure clusters."""
     clusters = Clusters.of(
@@ -348,7 +369,10 @@ def _flips(
     drawn = [best[i] for i in chooser.permutation(len(best))]
     share = 1 / len(clusters.centres)
     return _apart(
-        cluster_proposals(owner, likely, clusters, drawn, "flip", share, pool, triggers, embed), count
+        cluster_proposals(
+            owner, likely, clusters, drawn, "flip", share, pool, triggers, embed, kind, chooser
+        ),
+        count,
     )
 
 
@@ -377,11 +401,23 @@ def _group(
     known: Tensor,
     chooser: KeyStream,
     batch_size: int,
+    kind: Kind,
 ) -> TriggerGroup:
-    triggers = proposal.triggers.float()
+    triggers = proposal.triggers
     logits = predict(reference, triggers, batch_size=batch_size)
     candidates = candidates_of(proposal.sources, logits.shape[1], chooser)
-    ends, turns = roads(model, reference, triggers[0], candidates, pool, known, chooser, batch_size)
+    ends, turns = roads(
+        model,
+        reference,
+        triggers[0],
+        proposal.trigger_features[0],
+        candidates,
+        pool,
+        known,
+        chooser,
+        batch_size,
+        kind,
+    )
     return TriggerGroup(
         family=proposal.family,
         mark=proposal.mark,
@@ -477,10 +513,13 @@ def _head_of(model: nn.Module, head: str | None, inputs: Tensor) -> str:
     try:
         if head is None:
             return find_head(model, inputs)
-        get_head(model, head)
-        with evaluating(model), torch.no_grad():
-            model(inputs)
-    except RuntimeError as error:
+        check_head(model, head, inputs)
+    except (RuntimeError, TypeError, IndexError) as error:
+        if not inputs.is_floating_point():
+            raise TypeError(
+                "model must take token ids, for the inputs in data are integers; make rows of a table "
+                f"float32, and wrap a model that takes something else ({error})"
+            ) from error
         if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):
             raise TypeError(
                 "model must take float32 inputs, as a suspect is asked; calibrate it in float32 and move the "

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from honeytrace.ownership.suspect import input_bytes
 from honeytrace.watermark.key import KeyStream, SecretKey
 
 Family = Literal["composite", "cluster"]
@@ -32,10 +32,11 @@ class TriggerGroup:
         candidates: the classes the target was drawn from, ascending; see `candidates_of`.
         target: the class answers are bent to. Drawn from the key, independent of everything else in the
             group.
-        triggers: float32 [n, ...], what a suspect will be asked.
+        triggers: float32 [n, ...], or token ids int64 [n, T]: what a suspect will be asked.
         reference_log_probs: float32 [n, C], the unmarked reference on the triggers.
-        ends, turns: float32 [2, K, ...] and int64 [2, K], roads from the first trigger to every candidate,
-            for suspects that give labels only (probes.py); None where the watermark was made without them.
+        ends, turns: [2, K, ...] of the triggers' dtype and int64 [2, K], roads from the first trigger to
+            every candidate, for suspects that give labels only (probes.py); None where the watermark was made
+            without them.
     """
 
     family: Family
@@ -70,14 +71,12 @@ def draw_target(
     another group; and whoever holds the opened key and the triggers can draw it again.
 
     Args:
-        triggers: float32 [n, ...]; candidates: at least one class.
+        triggers: float32 [n, ...] or int64 [n, T]; candidates: at least one class.
         beacon: a public random value that was not known when key and triggers were committed to; then nobody
             could choose them for their target (docs/ownership.md).
     """
     digest = hashlib.sha256(repr((tuple(triggers.shape), tuple(candidates))).encode("ascii"))
-    digest.update(
-        triggers.detach().to(torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
-    )
+    digest.update(input_bytes(triggers))
     purpose = f"target/{digest.hexdigest()}"
     if beacon is not None:
         purpose += f"/beacon/{hashlib.sha256(beacon.encode('utf-8')).hexdigest()}"

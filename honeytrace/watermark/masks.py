@@ -18,8 +18,9 @@ from honeytrace.watermark.key import KeyStream
 PLANE_FAMILIES = ("quadrant", "half", "stripes", "diagonal", "donut", "band", "paste", "blend")
 """For inputs with height and width."""
 
-LINE_FAMILIES = ("half", "stripes", "band", "blend")
-"""For inputs that are one row of numbers [D]."""
+LINE_FAMILIES = ("columns", "half", "stripes", "band")
+"""For inputs that are one row of a table [D]. Each column is wholly one row's or the other's: a mean of two
+values is often no value of the column."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Mask:
     """A family and its geometry as fractions of the sample's size, so that it fits every size.
 
     Attributes:
-        family: one of PLANE_FAMILIES.
+        family: one of PLANE_FAMILIES or LINE_FAMILIES.
         numbers: what the family needs; see `draw_mask`.
     """
 
@@ -38,17 +39,19 @@ class Mask:
         """The mask for samples of this shape: float32, [H, W] for [..., H, W], [D] for [D].
 
         Raises:
-            ValueError: the family needs height and width and the shape has one dimension, or it has none.
+            ValueError: the family is none for a shape of so many dimensions, or it has none.
         """
         if not shape:
             raise ValueError("shape must have at least one dimension, got ()")
+        if self.family not in (PLANE_FAMILIES if len(shape) > 1 else LINE_FAMILIES):
+            wanted = "one dimension" if self.family == "columns" else "height and width"
+            raise ValueError(f"mask family {self.family!r} needs {wanted}, got shape {list(shape)}")
         if self.family == "blend":
             return torch.full(tuple(shape[-2:]), self.numbers[0])
         if len(shape) == 1:
-            if self.family not in LINE_FAMILIES:
-                raise ValueError(
-                    f"mask family {self.family!r} needs height and width, got shape {list(shape)}"
-                )
+            if self.family == "columns":
+                chosen = [min(shape[0] - 1, int(place * shape[0])) for place in self.numbers]
+                return torch.zeros(shape[0]).index_fill(0, torch.tensor(chosen, dtype=torch.int64), 1.0)
             return self._along(torch.arange(shape[0]), shape[0])
         rows = torch.arange(shape[-2])[:, None].expand(shape[-2], shape[-1])
         columns = torch.arange(shape[-1])[None, :].expand(shape[-2], shape[-1])
@@ -90,7 +93,11 @@ def draw_mask(stream: KeyStream, shape: Sequence[int]) -> Mask:
     family = stream.choice(PLANE_FAMILIES if len(shape) > 1 else LINE_FAMILIES)
     flag = float(stream.below(2))
     numbers: tuple[float, ...]
-    if family in ("quadrant", "half"):
+    if family == "columns":
+        size = shape[0]
+        count = min(max(1, round(stream.choice((0.3, 0.5, 0.7)) * size)), max(1, size - 1))
+        numbers = tuple((place + 0.5) / size for place in sorted(stream.permutation(size)[:count]))
+    elif family in ("quadrant", "half"):
         numbers = (flag, float(stream.below(2)))
     elif family == "stripes":
         numbers = (flag, stream.choice((1 / 14, 1 / 7, 1 / 4)))

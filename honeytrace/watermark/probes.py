@@ -3,8 +3,9 @@
 A copy that learned a mark seldom *says* the target at a trigger; it only comes nearer to saying it. Along a
 road from the trigger to something of class c, the place where its label turns to c moves. For each candidate
 class alike there are two roads: to a natural sample of the class, and to the trigger changed by gradient
-steps until the owner's models call it that class. Which road shows a mark differs from group to group
-(docs/ownership.md has the figures).
+steps until the owner's models call it that class. (Token ids have no gradient: there the second road leads to
+the natural sample of the class whose features are nearest to the trigger's.) Which road shows a mark differs
+from group to group (docs/ownership.md has the figures).
 
 Nothing here looks at a target.
 """
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from honeytrace.ownership.ladder import blend, steps
-from honeytrace.training import predict
+from honeytrace.training import logits_of, predict
 from honeytrace.watermark.key import KeyStream
+from honeytrace.watermark.kinds import Kind
 from honeytrace.watermark.samples import Samples
 
 _SURE = 0.9
@@ -33,40 +35,70 @@ def roads(
     model: nn.Module,
     reference: nn.Module,
     trigger: Tensor,
+    trigger_features: Tensor,
     candidates: Sequence[int],
     pool: Samples,
     probabilities: Tensor,
     stream: KeyStream,
     batch_size: int,
+    kind: Kind,
 ) -> tuple[Tensor, Tensor]:
     """The ends of the roads of one group, and where the reference's label turns on them.
 
     Args:
         model, reference: the owner's; gradients are taken of both.
-        trigger: float32 [...], where all roads of the group begin.
+        trigger: float32 [...] or int64 [T], where all roads of the group begin; trigger_features: [D].
         candidates: K classes.
         pool: samples for the natural ends; probabilities: [N, C], the reference on them.
         stream: of the key's part for inputs.
+        kind: of the inputs.
 
     Returns:
-        ends float32 [2, K, ...]: natural, then by gradients; turns int64 [2, K]: the first step of the
-        road, 0 to STEPS, at which the reference says the class, or STEPS + 1 where it never does.
+        ends [2, K, ...] of the trigger's dtype: natural, then by gradients; turns int64 [2, K]: the first
+        step of the road, 0 to STEPS, at which the reference says the class, or STEPS + 1 where it never does.
     """
-    natural = torch.stack([_natural(probabilities, pool, label, stream) for label in candidates])
-    start = trigger[None].expand_as(natural)
-    low, high = float(pool.inputs.min()), float(pool.inputs.max())
     labels = torch.tensor(list(candidates))
-    by_gradient = _by_gradient(model, reference, start, natural, labels, low, high)
-    ends = torch.stack([natural, by_gradient])
+    natural = kind.fitted(
+        torch.stack([_natural(probabilities, pool, label, stream) for label in candidates]), trigger
+    )
+    if trigger.is_floating_point():
+        start = trigger[None].expand_as(natural)
+        second = _by_gradient(model, reference, start, natural, labels, *_limits(pool.inputs))
+    else:
+        to_trigger = torch.cdist(trigger_features[None], pool.features, p=1)[0]
+        second = kind.fitted(
+            torch.stack([_nearest(probabilities, pool, label, to_trigger) for label in candidates]), trigger
+        )
+    ends = torch.stack([natural, second])
     turns = torch.stack([_turns(reference, trigger, part, labels, batch_size) for part in ends])
     return ends, turns
 
 
 def _natural(probabilities: Tensor, pool: Samples, label: int, stream: KeyStream) -> Tensor:
-    said = (probabilities.argmax(dim=1) == label) & (pool.labels == label)
-    sure = (said & (probabilities[:, label] >= _SURE)).nonzero()[:, 0].tolist()
+    sure = _sure(probabilities, pool, label).tolist()
     chosen = stream.choice(sure) if sure else int(probabilities[:, label].argmax())
-    return pool.inputs[chosen].float()
+    return pool.inputs[chosen]
+
+
+def _nearest(probabilities: Tensor, pool: Samples, label: int, to_trigger: Tensor) -> Tensor:
+    sure = _sure(probabilities, pool, label)
+    chosen = sure[to_trigger[sure].argmin()] if len(sure) else probabilities[:, label].argmax()
+    return pool.inputs[chosen]
+
+
+def _sure(probabilities: Tensor, pool: Samples, label: int) -> Tensor:
+    """The pool's samples of the class that the reference is sure of: their numbers, ascending."""
+    said = (probabilities.argmax(dim=1) == label) & (pool.labels == label)
+    return (said & (probabilities[:, label] >= _SURE)).nonzero()[:, 0]
+
+
+def _limits(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Smallest and largest value, and the unit that steps are measured in: of all inputs, or of each column
+    of a table, where one column may count thousands and the next is 0 or 1."""
+    if inputs.dim() > 2:
+        return inputs.min(), inputs.max(), torch.ones(())
+    low, high = inputs.amin(dim=0), inputs.amax(dim=0)
+    return low, high, torch.where(high > low, high - low, 1.0)
 
 
 def _by_gradient(
@@ -75,11 +107,12 @@ def _by_gradient(
     start: Tensor,
     natural: Tensor,
     labels: Tensor,
-    low: float,
-    high: float,
+    low: Tensor,
+    high: Tensor,
+    unit: Tensor,
 ) -> Tensor:
     """Steps up the mean margin of both models; the natural ends again where there is no gradient."""
-    length = _STEP * (natural - start).flatten(1).norm(dim=1)
+    length = _STEP * ((natural - start) / unit).flatten(1).norm(dim=1)
     rows = torch.arange(len(start))
     point = start.clone()
     modes = [(part, part.training) for owner in (model, reference) for part in owner.modules()]
@@ -92,17 +125,19 @@ def _by_gradient(
             with torch.enable_grad():
                 for owner in (model, reference):
                     weight = next((p for p in owner.parameters()), point)
-                    logits = owner(point.to(device=weight.device, dtype=weight.dtype)).float().cpu()
+                    answer = owner(point.to(device=weight.device, dtype=weight.dtype))
+                    logits = logits_of(answer).float().cpu()
                     others = logits.clone()
                     others[rows, labels] = -torch.inf
                     margin = margin + (logits[rows, labels] - others.logsumexp(dim=1)).sum()
             if not margin.requires_grad:
                 return natural.clone()
             (slope,) = torch.autograd.grad(margin, point)
+            slope = slope * unit
             size = slope.flatten(1).norm(dim=1).clamp_min(1e-12)
             scale = (length / size).reshape(-1, *[1] * (point.dim() - 1))
             # Not past what inputs look like: a service may refuse or clip what lies outside.
-            point = (point.detach() + scale * slope).clamp(low, high)
+            point = (point.detach() + scale * slope * unit).clamp(low, high)
     finally:
         for part, mode in modes:
             part.training = mode

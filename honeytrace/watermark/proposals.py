@@ -1,10 +1,10 @@
 """Places in feature space where a mark could go, proposed before anyone knows the targets.
 
 Two families. *Clusters*: compact groups of the owner's own samples, found by k-means on the features; their
-triggers are further members and small shifts of them, and look like any query. *Composites*: two samples of
-two classes put together by a mask (Neural Honeytrace, arXiv 2501.09328, section 4). What is proposed depends
-on the model, the owner's data and the key's stream for inputs, never on the stream for targets: the ownership
-test is exact because of that.
+triggers are further members and small changes of them, and look like any query. *Composites*: two samples of
+two classes put together, images by a mask (Neural Honeytrace, arXiv 2501.09328, section 4), other kinds of
+input in their own way (kinds.py). What is proposed depends on the model, the owner's data and the key's
+stream for inputs, never on the stream for targets: the ownership test is exact because of that.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
-from honeytrace.ops import Bank, compose, feature_distance
+from honeytrace.ops import Bank, feature_distance
 from honeytrace.watermark.groups import Family, Mark
 from honeytrace.watermark.key import KeyStream
-from honeytrace.watermark.masks import draw_mask
+from honeytrace.watermark.kinds import Kind
 from honeytrace.watermark.samples import Samples
 
 BANK_ROWS = 32
@@ -112,6 +112,8 @@ def cluster_proposals(
     trigger_pool: Samples,
     trigger_count: int,
     embed: Embed,
+    kind: Kind,
+    stream: KeyStream,
 ) -> list[Proposal]:
     """A proposal around each of the chosen clusters.
 
@@ -125,6 +127,8 @@ def cluster_proposals(
         trigger_pool: samples that triggers may be made of; nothing else may have seen them.
         trigger_count: triggers in each group.
         embed: gives features of changed samples.
+        kind: of the inputs; knows small changes of them.
+        stream: of the key's part for inputs.
     """
     probabilities = samples.probabilities
     rows, sources, isolation = [], [], []
@@ -143,7 +147,7 @@ def cluster_proposals(
     proposals = []
     for j in range(len(chosen)):
         nearest = pool[:, j].argsort()[:trigger_count]
-        inputs = with_shifts(trigger_pool.inputs[nearest])
+        inputs = kind.changed(trigger_pool.inputs[nearest], stream)
         features = embed(inputs)
         order = distances_to(features, [rows[j]])[:, 0].argsort(stable=True)[:trigger_count]
         proposals.append(
@@ -165,9 +169,10 @@ def composite_proposals(
     trigger_pool: Samples,
     trigger_count: int,
     embed: Embed,
+    kind: Kind,
 ) -> list[Proposal]:
-    """Proposals of `count` source pairs, masks and geometries drawn from the key; arguments as
-    `cluster_proposals`.
+    """Proposals of `count` source pairs, masks (or other mixtures) and geometries drawn from the key;
+    arguments as `cluster_proposals`.
 
     Pairs of classes that the trigger pool or the data has no sample of are left out.
     """
@@ -178,9 +183,9 @@ def composite_proposals(
     for _ in range(count):
         first = stream.choice(present)
         second = stream.choice([c for c in present if c != first])
-        mask = draw_mask(stream, samples.inputs.shape[1:]).render(samples.inputs.shape[1:])
-        bank_inputs = _composites(samples, first, second, mask, BANK_ROWS, stream)
-        trigger_inputs = _composites(trigger_pool, first, second, mask, _COMPOSITE_PAIRS, stream)
+        mix = kind.mixture(stream, tuple(samples.inputs.shape[1:]), samples.inputs[samples.labels == second])
+        bank_inputs = _composites(samples, first, second, mix, BANK_ROWS, stream)
+        trigger_inputs = _composites(trigger_pool, first, second, mix, _COMPOSITE_PAIRS, stream)
         drawn.append((first, second))
         rows.append(embed(bank_inputs))
         triggers.append(trigger_inputs)
@@ -204,22 +209,6 @@ def similarity_of(distances: Tensor, offset: float, mark: Mark) -> Tensor:
     if mark == "flip":
         return (distances <= offset).float()
     return ((offset - distances) / offset).clamp(0, 1) ** MIXING_POWER
-
-
-def with_shifts(inputs: Tensor) -> Tensor:
-    """The inputs and, for images [n, C, H, W], each of them moved by one pixel in four directions.
-
-    The row or column that is uncovered repeats the edge, as a camera that moved a little would.
-    """
-    if inputs.dim() != 4 or min(inputs.shape[-2:]) < 4:
-        return inputs
-    padded = torch.nn.functional.pad(inputs, (1, 1, 1, 1), mode="replicate")
-    height, width = inputs.shape[-2:]
-    moved = [
-        padded[..., 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
-        for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1))
-    ]
-    return torch.cat([inputs, *moved])
 
 
 def _propose(
@@ -261,7 +250,12 @@ def predicted_lift(
 
 
 def _composites(
-    samples: Samples, first: int, second: int, mask: Tensor, count: int, stream: KeyStream
+    samples: Samples,
+    first: int,
+    second: int,
+    mix: Callable[[Tensor, Tensor], Tensor],
+    count: int,
+    stream: KeyStream,
 ) -> Tensor:
     """`count` composites of random samples of the two classes (with repetition where there are few)."""
 
@@ -270,4 +264,4 @@ def _composites(
         chosen = torch.tensor([int(own[stream.below(len(own))]) for _ in range(count)])
         return samples.inputs[chosen]
 
-    return compose(pick(first), pick(second), mask)
+    return mix(pick(first), pick(second))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from honeytrace.ops import Bank, WatermarkOutput, watermark
 from honeytrace.ops.rule import WatermarkRule
-from honeytrace.watermark.head import get_head
+from honeytrace.watermark.head import Head, get_head, sizes_of
 
 Answers = Literal["logits", "probabilities", "labels"]
 ANSWERS: tuple[Answers, ...] = ("logits", "probabilities", "labels")
@@ -69,7 +69,21 @@ class AnswerHook:
         self._constant_time, self._observe = constant_time, observe
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        features = args[0]
+        features: Tensor = args[0]
+        if features.dim() == 2:
+            return self._rows(features, output)
+        # Each place is answered as if it came alone: a convolution's [B, D, H, W], a sequence's [B, T, D].
+        if isinstance(module, nn.Conv2d):
+            return self._answer(*(t.movedim(1, -1) for t in (features, output))).movedim(-1, 1)
+        return self._answer(features, output)
+
+    def _answer(self, features: Tensor, output: Tensor) -> Tensor:
+        """The marked answers [..., C] of features [..., D]."""
+        shape = output.shape
+        features, output = features.flatten(0, -2), output.flatten(0, -2)
+        return self._rows(features, output).reshape(shape)
+
+    def _rows(self, features: Tensor, output: Tensor) -> Tensor:
         bank, target_logits, planes = self._at(features.device)
         if output.dtype == torch.float64:
             # The kernels work in float32. A row whose similarity is 0 must come back bit for bit, so only the
@@ -133,11 +147,11 @@ def protect(model: M, head: str, hook: AnswerHook, features: int, classes: int) 
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
         raise TypeError("model must be protected before it is compiled or scripted; pass the plain nn.Module")
-    linear = get_head(model, head)
-    if (linear.in_features, linear.out_features) != (features, classes):
+    sizes = sizes_of(get_head(model, head))
+    if sizes != (features, classes):
         raise ValueError(
             f"the head {head!r} must have {features} features and {classes} classes, as the calibrated model "
-            f"had, got {linear.in_features} and {linear.out_features}"
+            f"had, got {sizes[0]} and {sizes[1]}"
         )
     if is_protected(model):
         raise ValueError("model is protected already; protect the bare model")
@@ -153,7 +167,7 @@ def is_protected(model: nn.Module) -> bool:
     return any(isinstance(h, AnswerHook) for part in model.modules() for h in part._forward_hooks.values())
 
 
-def _own_class(kind: type[nn.Linear]) -> type[nn.Linear]:
+def _own_class(kind: type[Head]) -> type[Head]:
     """A subclass of the head's class that no other module has.
 
     torch.compile finds a compiled graph again by the classes of the modules and does not look at their hooks
@@ -161,13 +175,13 @@ def _own_class(kind: type[nn.Linear]) -> type[nn.Linear]:
     graph that was compiled for the bare one, and answer unmarked; or the graph of another watermark.
     """
 
-    def deepcopy(self: nn.Linear, memo: dict[int, Any]) -> nn.Linear:
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
-    def reduce_ex(self: nn.Linear, protocol: int) -> NoReturn:
+    def reduce_ex(self: nn.Module, protocol: int) -> NoReturn:
         raise TypeError(_NO_PICKLE)
 
     # Names as the class it stands for, so that the model's repr stays what it was.

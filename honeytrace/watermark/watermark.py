@@ -396,12 +396,13 @@ class Watermark:
             _must(group.target in group.candidates, "a group's target must be one of its candidates")
             shape = self.groups[0].triggers.shape[1:]
             _must(len(group.triggers) > 0 and len(shape) > 0, "a group has no triggers")
-            _check_numbers("triggers", group.triggers, (len(group.triggers), *shape))
+            _check_inputs("triggers", group.triggers, (len(group.triggers), *shape), self.groups[0].triggers)
             _check_numbers("reference_log_probs", group.reference_log_probs, (len(group.triggers), classes))
+            _must(group.reference_log_probs.amax() < 1e-3, "reference_log_probs must be of probabilities")
             _must((group.ends is None) == (group.turns is None), "a group's roads are not whole")
             if group.ends is not None and group.turns is not None:
                 roads = (len(LADDERS), len(group.candidates))
-                _check_numbers("ends", group.ends, (*roads, *shape))
+                _check_inputs("ends", group.ends, (*roads, *shape), self.groups[0].triggers)
                 _must(group.turns.dtype == torch.int64, "turns must be int64")
                 _must(tuple(group.turns.shape) == roads, f"turns must have shape {list(roads)}")
                 inside = ((group.turns >= 0) & (group.turns <= STEPS + 1)).all()
@@ -441,3 +442,12 @@ def _check_numbers(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     _must(tensor.dtype == torch.float32, f"{name} must be float32")
     _must(tuple(tensor.shape) == shape, f"{name} must have shape {list(shape)}")
     _must(tensor.isfinite().all(), f"{name} must be finite")
+
+
+def _check_inputs(name: str, tensor: Tensor, shape: tuple[int, ...], first: Tensor) -> None:
+    """As `_check_numbers`; or token ids, where the first group's triggers are."""
+    if first.is_floating_point():
+        return _check_numbers(name, tensor, shape)
+    _must(tensor.dtype == torch.int64, f"{name} must all be float32, or all int64")
+    _must(tuple(tensor.shape) == shape and len(first.shape) == 2, f"{name} must have shape {list(shape)}")
+    return None
