@@ -6,13 +6,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
 from honeytrace.rule import check_integer, check_number
+
+Run = Callable[[Tensor], Tensor]
+"""Inputs [n, ...] -> outputs, row for row."""
 
 
 class Full(RuntimeError):
@@ -23,23 +26,38 @@ class Closed(RuntimeError):
     """The batcher was closed."""
 
 
+def together(run: Run, requests: Sequence[Tensor]) -> list[Tensor | Exception]:
+    """The outputs of several requests by one call of `run`; the exception in place of one that fails.
+
+    When the call fails, each request is tried alone: one that the function cannot take does not take the
+    others with it.
+    """
+    try:
+        inputs = requests[0] if len(requests) == 1 else torch.cat(list(requests))
+        outputs = run(inputs)
+        if len(outputs) != len(inputs):
+            raise ValueError(f"the model gave {len(outputs)} answers to {len(inputs)} inputs")
+        return list(torch.split(outputs, [len(inputs) for inputs in requests]))
+    except Exception as error:
+        if len(requests) == 1:
+            return [error]
+        return [found for request in requests for found in together(run, [request])]
+
+
 class Batcher:
     """Puts inputs that come from many threads through one function, as many as there are at a time.
 
     Args:
-        run: inputs [n, ...] -> outputs, row for row. Called by one thread of the batcher's own.
+        run: called by one thread of the batcher's own.
         rows: most inputs in a call, >= 1; a request with more goes alone. Default 64.
         wait: seconds to wait for more before a call that is not full, >= 0. Default 0: what has come while
             the last call ran goes into the next, and nobody waits for somebody who may not come.
         waiting: most inputs that may wait. Default 1024.
 
-    When a call of several requests fails, each of them is tried alone: one that the function cannot take does
-    not take the others with it.
+    Requests that fail together are tried alone, see `together`.
     """
 
-    def __init__(
-        self, run: Callable[[Tensor], Tensor], *, rows: int = 64, wait: float = 0.0, waiting: int = 1024
-    ) -> None:
+    def __init__(self, run: Run, *, rows: int = 64, wait: float = 0.0, waiting: int = 1024) -> None:
         self._run = run
         self._rows = check_integer("rows", rows, 1, 1 << 20)
         self._wait = check_number("wait", wait, 0.0)
@@ -92,7 +110,12 @@ class Batcher:
                 return
             live = [(inputs, future) for inputs, future in batch if future.set_running_or_notify_cancel()]
             if live:
-                self._answer(live)
+                outputs = together(self._run, [inputs for inputs, _ in live])
+                for (_, future), output in zip(live, outputs, strict=True):
+                    if isinstance(output, Tensor):
+                        future.set_result(output)
+                    else:
+                        future.set_exception(output)
 
     def _next(self) -> list[tuple[Tensor, Future[Tensor]]] | None:
         with self._changed:
@@ -113,20 +136,3 @@ class Batcher:
                 rows += len(batch[-1][0])
             self._waiting -= rows
             return batch
-
-    def _answer(self, batch: list[tuple[Tensor, Future[Tensor]]]) -> None:
-        try:
-            together = batch[0][0] if len(batch) == 1 else torch.cat([inputs for inputs, _ in batch])
-            outputs = self._run(together)
-            if len(outputs) != len(together):
-                raise ValueError(f"the model gave {len(outputs)} answers to {len(together)} inputs")
-        except BaseException as error:
-            if len(batch) == 1:
-                batch[0][1].set_exception(error)
-                return
-            for one in batch:
-                self._answer([one])
-            return
-        sizes = [len(inputs) for inputs, _ in batch]
-        for (_, future), part in zip(batch, torch.split(outputs, sizes), strict=True):
-            future.set_result(part)

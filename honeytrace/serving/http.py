@@ -68,7 +68,7 @@ def create_app(service: Service, *, close: bool = True) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, str(error.detail), dict(error.headers or {}))
+        return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
 
     @app.post(PATH, summary="Scores or labels of inputs", **_described(service.protocol))
     async def classify(request: Request) -> Response:
@@ -88,7 +88,7 @@ def create_app(service: Service, *, close: bool = True) -> FastAPI:
 async def respond(service: Service, request: Request) -> Response:
     """The response to one request for classification, whatever it holds."""
     try:
-        body = await _body(request, service.protocol)
+        body = await read_body(request, service.protocol)
         inputs = service.protocol.read(body, request.headers.get("content-type"))
         future = service.timed(inputs)
         waited = asyncio.wrap_future(future)
@@ -97,14 +97,14 @@ async def respond(service: Service, request: Request) -> Response:
         answers = service.finished(future)
     except Refusal as refusal:
         service.metrics.refused(refusal.status)
-        return _error(refusal.status, refusal.message)
+        return error_response(refusal.status, refusal.message)
     except ClientDisconnect:
         return Response(status_code=400)  # to nobody
-    return _json(200, service.protocol.write(answers))
+    return json_response(200, service.protocol.write(answers))
 
 
-async def _body(request: Request, protocol: Protocol) -> bytes:
-    """The body of a request, read no further than the limit."""
+async def read_body(request: Request, protocol: Protocol) -> bytes:
+    """The body of a request, read no further than the limit. Raises Refusal: 413, 408."""
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > protocol.most_bytes:
         protocol.refuse_size()
@@ -124,17 +124,19 @@ async def _body(request: Request, protocol: Protocol) -> bytes:
         raise Refusal(408, "the body did not arrive in time") from None
 
 
-def _json(status: int, content: Any, headers: dict[str, str] | None = None) -> Response:
+def json_response(status: int, content: Any, headers: dict[str, str] | None = None) -> Response:
+    """The content as JSON; NaN and infinity are an error."""
     body = json.dumps(content, separators=(",", ":"), allow_nan=False).encode("utf-8")
     return Response(body, status_code=status, media_type="application/json", headers=headers)
 
 
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    return _json(status, {"error": message}, headers or _HEADERS.get(status))
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    """{"error": message}, and the headers that belong to the status."""
+    return json_response(status, {"error": message}, headers or _HEADERS.get(status))
 
 
 def _state(fine: bool) -> Response:
-    return _json(200, {"status": "ok"}) if fine else _error(503, "not now")
+    return json_response(200, {"status": "ok"}) if fine else error_response(503, "not now")
 
 
 def _content(schema: dict[str, Any]) -> dict[str, Any]:

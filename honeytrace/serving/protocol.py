@@ -159,6 +159,10 @@ class Protocol:
             raise Refusal(422, f"inputs must be whole numbers from {limits.min} to {limits.max}")
         return torch.from_numpy(array.astype(np.int64)).to(self.dtype)
 
+    def zeros(self) -> Tensor:
+        """One input of zeros, to try a model on."""
+        return torch.zeros(1, *self.input_shape, dtype=self.dtype)
+
     def write(self, answers: Tensor) -> dict[str, Any]:
         """Scores [n, C], or labels [n], as a JSON value. A float32 comes out whole: JSON rounds nothing."""
         return {"labels" if answers.dim() == 1 else "scores": answers.tolist()}

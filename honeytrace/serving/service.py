@@ -18,6 +18,7 @@ from honeytrace.ops import WatermarkOutput
 from honeytrace.serving.batching import Batcher, Closed, Full
 from honeytrace.serving.metrics import Metrics, NoMetrics
 from honeytrace.serving.protocol import Answers, Limits, Protocol, Refusal
+from honeytrace.training import logits_of
 from honeytrace.watermark import Watermark
 
 _log = logging.getLogger("honeytrace.serving")
@@ -59,14 +60,7 @@ class Service:
         batch_wait: float = 0.0,
         metrics: Metrics | None = None,
     ) -> None:
-        dtype = torch.float32
-        if watermark is not None:
-            triggers = watermark.groups[0].triggers
-            dtype = triggers.dtype
-            input_shape = triggers.shape[1:] if input_shape is None else input_shape
-        if input_shape is None:
-            raise ValueError("input_shape must be given where no watermark tells it")
-        self.protocol = Protocol(input_shape, dtype=dtype, answers=answers, limits=limits)
+        self.protocol = protocol_of(watermark, input_shape=input_shape, answers=answers, limits=limits)
         self.metrics = NoMetrics() if metrics is None else metrics
         self._model = model.eval()
         if watermark is not None:
@@ -83,7 +77,7 @@ class Service:
     @torch.inference_mode()
     def answer(self, inputs: Tensor) -> Tensor:
         """One pass: inputs [n, *input_shape] -> scores float32 [n, C], or labels int64 [n]; on the CPU."""
-        found = _scores(self._model(inputs.to(self._device)))
+        found = logits_of(self._model(inputs.to(self._device)))
         if self.protocol.answers == "labels":
             return found.argmax(dim=-1).cpu()
         found = found.float()
@@ -103,20 +97,23 @@ class Service:
             raise Refusal(503, "the service is shutting down") from None
 
     def finished(self, future: Future[Tensor]) -> Tensor:
-        """The answers of a future of `submit` that is done, fit to be sent.
+        """The answers of a future of `submit` that is done, fit to be sent. Raises as `sendable`."""
+        error = future.exception()
+        return self.sendable(future.result() if error is None else error)
+
+    def sendable(self, answers: Tensor | BaseException) -> Tensor:
+        """What the model gave, if it may be sent.
 
         Raises:
             Refusal: 500, the model failed (the log says where, the client is not told); 422, its answer to
                 these inputs is not finite.
         """
-        error = future.exception()
-        if error is not None:
+        if isinstance(answers, BaseException):
             # Where and what, not the text: a model's error may quote what it was given.
-            last = traceback.extract_tb(error.__traceback__)[-1]
+            last = traceback.extract_tb(answers.__traceback__)[-1]
             where = f"{os.path.basename(last.filename)}:{last.lineno}"
-            _log.error("the model failed: %s at %s", type(error).__name__, where)
+            _log.error("the model failed: %s at %s", type(answers).__name__, where)
             raise Refusal(500, "the model failed on this request")
-        answers = future.result()
         if answers.is_floating_point() and not bool(answers.isfinite().all()):
             raise Refusal(422, "the model has no finite answer to these inputs")
         return answers
@@ -124,8 +121,7 @@ class Service:
     def warm_up(self) -> None:
         """Answer one input of zeros, so that the first client does not wait for what is made at the first
         call. The service is ready after it."""
-        zeros = torch.zeros(1, *self.protocol.input_shape, dtype=self.protocol.dtype)
-        self.submit(zeros).result()
+        self.submit(self.protocol.zeros()).result()
         self._warm = True
 
     @property
@@ -157,6 +153,24 @@ class Service:
     def _count(self, output: WatermarkOutput) -> None:
         bent = (output.similarity.amax(dim=1) > 0).sum()
         self.metrics.marked(rows=len(output.similarity), bent=int(bent))
+
+
+def protocol_of(
+    watermark: Watermark | None,
+    *,
+    input_shape: Sequence[int] | None = None,
+    answers: Answers = "probabilities",
+    limits: Limits | None = None,
+) -> Protocol:
+    """The protocol of a service with these arguments. Raises as `Service`."""
+    dtype = torch.float32
+    if watermark is not None:
+        triggers = watermark.groups[0].triggers
+        dtype = triggers.dtype
+        input_shape = triggers.shape[1:] if input_shape is None else input_shape
+    if input_shape is None:
+        raise ValueError("input_shape must be given where no watermark tells it")
+    return Protocol(input_shape, dtype=dtype, answers=answers, limits=limits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,19 +207,18 @@ class ServiceSpec:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        watermark = None if self.watermark is None else Watermark.load(self.watermark)
-        if watermark is not None and self.graded_only:
-            watermark = watermark.without_flips()
         model = make_module(self.model, self.weights).to(self.device)
-        return Service(model, watermark, metrics=metrics, **self.settings)
+        return Service(model, self._watermark(), metrics=metrics, **self.settings)
 
+    def protocol(self) -> Protocol:
+        """The protocol of the service, for a process that checks requests and does not answer them.
 
-def _scores(output: Any) -> Tensor:
-    """The scores [n, C] in what a classifier gives."""
-    found = getattr(output, "logits", output)
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor) or found.dim() != 2:
-        kind = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise TypeError(f"the model must give scores [n, C], or an object with .logits, got {kind}")
-    return found
+        Raises: as `load`, but for the model.
+        """
+        known = ("input_shape", "answers", "limits")
+        settings = {name: self.settings[name] for name in known if name in self.settings}
+        return protocol_of(self._watermark(), **settings)
+
+    def _watermark(self) -> Watermark | None:
+        watermark = None if self.watermark is None else Watermark.load(self.watermark)
+        return watermark.without_flips() if watermark is not None and self.graded_only else watermark
