@@ -283,6 +283,13 @@ void mix_block(AnswerBlock& block, bool is_read, const float* similarity, const 
     }
 }
 
+// A number in (0, 1) made of the low bits of another.
+float any_fraction(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return static_cast<float>((bits & 0xFFFFu) + 1u) / 65537.0f;
+}
+
 // As mix_block with all rows read, but the same work for each of them, whatever becomes of it: Effort::kEven.
 void mix_block_evenly(AnswerBlock& block, const float* similarity, const int64_t* bucket, const Mixing& mixing,
                       size_t begin) {
@@ -295,8 +302,12 @@ void mix_block_evenly(AnswerBlock& block, const float* similarity, const int64_t
         const size_t group = finite ? baseline::strongest_group(of_row, mixing.groups) : 0;
         const float strongest = std::min(of_row[group], 1.0f);
         const bool bent = strongest > 0.0f && finite;
-        // An answer that is not bent takes the way of one that is, and is thrown away.
-        const baseline::Decision decision = decide_row(block, i, bent ? strongest : 0.5f, group, bucket[i], mixing);
+        // An answer that is not bent takes the way of one that is, and is thrown away; with a similarity that differs
+        // from row to row, as a bent one's does: always the same number would always find the same places of the
+        // tables behind pow and log in the cache.
+        const float similarity_instead = any_fraction(block.softmax[i].largest);
+        const baseline::Decision decision =
+            decide_row(block, i, bent ? strongest : similarity_instead, group, bucket[i], mixing);
         flip_row(block, group, mixing, block.target);
         mix_row(block, i, decision.weight, group, mixing, block.mixed);
         const bool flipped = bent && decision.flipped;

@@ -1,0 +1,62 @@
+"""What the time of the watermark's step tells of the answer. The usual kernel computes a distance only where
+it may matter, so that a bent answer takes longer; constant_time does the same work for every query.
+
+Both are measured by one instrument, which the usual kernel shows to see something. The figures of a real
+model, and over HTTP: bench/timing_of_answers.py and docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("honeytrace._C", reason="this installation has no compiled core")
+
+from honeytrace import WatermarkRule
+from honeytrace.numpy import Marker
+
+QUERIES, REPEATS = 60, 60
+
+
+def chance_longer(a: np.ndarray, b: np.ndarray) -> float:
+    """P(one of a takes longer than one of b)."""
+    return float((a[:, None] > b).mean() + (a[:, None] == b).mean() / 2)
+
+
+def medians(marker: Marker, features: np.ndarray, logits: np.ndarray, constant_time: bool) -> np.ndarray:
+    """Of each query's times, asked alone, in an order that is new in each round."""
+    order, times = random.Random(1), np.zeros((REPEATS, len(features)))
+    for repeat in range(REPEATS):
+        for query in order.sample(range(len(features)), len(features)):
+            start = time.perf_counter()
+            marker.mark(features[query : query + 1], logits[query : query + 1], constant_time=constant_time)
+            times[repeat, query] = time.perf_counter() - start
+    return np.median(times[5:], axis=0)
+
+
+@pytest.mark.perf
+@pytest.mark.parametrize("flip_bins", [0, 10])
+def test_time_tells_bent_answers_from_others_only_without_constant_time(flip_bins):
+    rng = np.random.default_rng(3)
+    centres = 2 * rng.standard_normal((16, 1, 256))
+    bank = (centres + 0.3 * rng.standard_normal((16, 32, 256))).astype(np.float32)
+    near = centres[rng.integers(16, size=QUERIES), 0] + 0.3 * rng.standard_normal((QUERIES, 256))
+    far = 2 * rng.standard_normal((QUERIES, 256))
+    features = np.concatenate([near, far]).astype(np.float32)
+    logits = (4 * rng.standard_normal((2 * QUERIES, 10))).astype(np.float32)
+    rule = WatermarkRule(k=5, offset=0.9, scale=0.9, flip_bins=flip_bins, mixing_power=0.25, strength=0.2)
+    targets = rng.standard_normal((16, 10)).astype(np.float32)
+    marker = Marker(bank, targets, rng.standard_normal((16, 256)).astype(np.float32), rule=rule, seed=9)
+    bent = marker.mark(features, logits).similarity.max(axis=1) > 0
+    assert bent[:QUERIES].all()
+    assert not bent[QUERIES:].any()
+
+    usual = medians(marker, features, logits, constant_time=False)
+    assert chance_longer(usual[bent], usual[~bent]) > 0.9  # the instrument sees what there is to see
+    even = medians(marker, features, logits, constant_time=True)
+    # By chance alone 0.5 +- 0.053.
+    assert 0.3 < chance_longer(even[bent], even[~bent]) < 0.7
+    assert abs(np.median(even[bent]) / np.median(even[~bent]) - 1) < 0.02
