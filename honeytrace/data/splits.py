@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 class Split(NamedTuple):
-    """Images with their labels."""
+    """Images, or rows of a table, with their labels."""
 
     inputs: Tensor
-    """float32 [N, channels, height, width] in [0, 1]"""
+    """float32: images [N, channels, height, width] in [0, 1], rows [N, columns]"""
     labels: Tensor
     """int64 [N]"""
 
