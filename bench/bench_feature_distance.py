@@ -115,7 +115,7 @@ def ceiling_speed(metric: str, p: float | None) -> float:
     code, found = CODES.index(metric), []
     for _ in range(5):
         start = time.process_time()
-        done = _C._ceiling(code, p or 1.0, 4000)
+        done = _C._ceiling(code, p or 1.0, 4000, _C._preselection_pays(code))
         found.append(done / (time.process_time() - start))
     return max(found)
 

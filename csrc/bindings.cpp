@@ -78,9 +78,9 @@ Mixing mixing_of(Address target_logits, size_t groups, const RuleTuple& rule, ui
 }
 
 int64_t py_packed_size(int64_t groups, int64_t rows, int64_t features) {
-    const size_t panels = (at_least(1, "rows", rows) + kLanes - 1) / kLanes;
-    return static_cast<int64_t>(at_least(1, "groups", groups) * at_least(1, "features", features) *
-                                (panels * kLanes + 1));
+    const Bank bank{nullptr, nullptr, at_least(1, "groups", groups), at_least(1, "rows", rows),
+                    at_least(1, "features", features)};
+    return static_cast<int64_t>(bank.packed_floats());
 }
 
 void py_pack_bank(Address rows_ptr, int64_t groups, int64_t rows, int64_t features, Address packed, Address norms) {
@@ -179,10 +179,26 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.def("pool_workers", &pool_workers);
     module.def(
         "_ceiling",
-        [](int metric, double p, uint64_t repeats) {
-            return kernels().ceiling(neighbours_of(1, 1, metric, p).metric, p, repeats);
+        [](int metric, double p, uint64_t repeats, bool scores) {
+            const Metric code = neighbours_of(1, 1, metric, p).metric;
+            if (scores && code == Metric::kLp) throw std::invalid_argument("scores must be False for lp, got True");
+            return scores ? kernels().score_ceiling(code, repeats) : kernels().ceiling(code, p, repeats);
         },
-        Release(), py::arg("metric"), py::arg("p"), py::arg("repeats"));
+        Release(), py::arg("metric"), py::arg("p"), py::arg("repeats"), py::arg("scores") = false);
+    module.def(
+        "_set_preselection",
+        [](const std::string& when) {
+            if (when != "auto" && when != "never" && when != "always")
+                throw std::invalid_argument("when must be 'auto', 'never' or 'always', got '" + when + "'");
+            set_preselection(when == "auto"    ? Preselection::kAuto
+                             : when == "never" ? Preselection::kNever
+                                               : Preselection::kAlways);
+        },
+        py::arg("when"));
+    module.def("_preselected", &preselected);
+    module.def(
+        "_preselection_pays", [](int metric) { return preselection_pays(neighbours_of(1, 1, metric, 2.0).metric); },
+        Release(), py::arg("metric"));
     module.def("_set_exhaustive", &set_exhaustive, py::arg("on"));
     module.def("_forget_bounds", &forget_bounds);
     module.def("_bounded_counts", [] {

@@ -145,11 +145,24 @@ def set_simd_level(name: str) -> None:
 def pool_workers() -> int:
     """Threads of the pool that this process has started so far; 0 before the first parallel call."""
 
-def _ceiling(metric: int, p: float, repeats: int) -> int:
+def _ceiling(metric: int, p: float, repeats: int, scores: bool = False) -> int:
     """For benches: the distance kernel's inner loop on operands in the first-level cache, ``repeats`` times.
 
-    Gives the number of features that were compared, one for each pair.
+    ``scores``: that of the scores by which l1, l2 and cosine may choose rows first. Gives the number of features
+    that were compared, one for each pair.
     """
+
+def _set_preselection(when: str) -> None:
+    """For tests: whether rows are first chosen by scores. No result depends on it.
+
+    "auto" (where it is faster on this machine), "never" or "always" (wherever it can be done).
+    """
+
+def _preselection_pays(metric: int) -> bool:
+    """Whether "auto" means yes for this metric at the level in use; measured once."""
+
+def _preselected() -> int:
+    """For tests: queries, once for each group, whose k nearest rows scores have chosen so far in this process."""
 
 def _set_exhaustive(on: bool) -> None:
     """For tests: whether `watermark` computes every distance in full. Its results do not depend on it."""

@@ -67,16 +67,25 @@ def check_distances(features, rows, k, metric, p, *, relative=RELATIVE, absolute
     return distance, index
 
 
-def test_a_packed_panel_holds_16_rows_side_by_side_features_by_falling_variance():
+def test_a_packed_bank_holds_panels_of_16_rows_and_the_rows_features_by_falling_variance():
     rows = normal(numbers(), 2, 18, 5) * np.array([1, 3, 2, 0, 3], np.float32)
     rows[..., 4] = rows[..., 1]  # a tie: the first comes first
     bank = core.pack(rows)
-    packed, order = bank.packed[:-10].reshape(2, 2, 5, 16), bank.packed[-10:].view(np.int32).reshape(2, 5)
-    assert order.tolist() == [[1, 4, 2, 0, 3], [1, 4, 2, 0, 3]]
+    parts = np.split(bank.packed, np.cumsum([2 * 32 * 5, 2 * 5, 2 * 32 * 5, 2 * 32]))
+    panels, order, by_row = parts[0].reshape(2, 2, 5, 16), parts[1].view(np.int32), parts[2].reshape(2, 32, 5)
+    half_sums, half_squares = (part.reshape(2, 32) for part in parts[3:])
+    assert order.tolist() == [1, 4, 2, 0, 3, 1, 4, 2, 0, 3]
+    order = order.reshape(2, 5)
     for group in range(2):
         for row in range(32):
             expected = rows[group, row][order[group]] if row < 18 else np.zeros(5)
-            assert np.array_equal(packed[group, row // 16, :, row % 16], expected)
+            assert np.array_equal(panels[group, row // 16, :, row % 16], expected)
+            assert np.array_equal(by_row[group, row], expected)
+    wide = rows.astype(np.float64)
+    np.testing.assert_allclose(half_sums[:, :18], wide.sum(-1) / 2, rtol=2.0**-23)
+    np.testing.assert_allclose(half_squares[:, :18], (wide**2).sum(-1) / 2, rtol=2.0**-23)
+    assert not half_sums[:, 18:].any()
+    assert not half_squares[:, 18:].any()
     norms = np.linalg.norm(rows.astype(np.float64), axis=-1)
     assert np.array_equal(bank.norms[:, :18], norms.astype(np.float32))
     assert not bank.norms[:, 18:].any()

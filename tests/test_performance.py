@@ -1,11 +1,16 @@
 """Speed as ratios: two things timed in turn in one process, on one thread, by the median of their rounds.
 
-Time is the processor's time of this process, which work beside it disturbs least; the limits leave room for
-what is left. Seen on an AMD EPYC (Zen 4) with AVX-512 (AVX2): l1 at (256, 500, 512), k = 10: 22 (22) times
-cdist and topk and 2.1 times FAISS; l2 1.8 (1.6), cosine 1.7 (1.5) times the matrix product and topk; mixing
-at (256, 100) 3.4 (2.8) times the eager chain on a quiet machine and 5 to 6 times on a busy one, whose caches
-the chain needs more; `watermark` on far queries 2.8 times its exhaustive self, on data that defeat the bounds
-0.97 times.
+Time is the processor's time of this process, which work beside it disturbs least. A kernel is held
+against the speed of its own inner loop on registers, in the same minute: that share hardly differs
+between machines, while the lead over torch's operators does. The limits leave room for what is left; a
+gate that fails is measured again, for a neighbour that comes and goes spoils one of three, hardly all.
+
+Seen at (256, 500, 512), k = 10, for l1 / l2 / cosine. On a quiet Zen 4 with AVX-512 (AVX2): share of the
+inner loop 0.78 / 0.77 / 0.69; times cdist and topk, or product and topk, 22 (22) / 1.8 (1.6) / 1.7
+(1.5); l1 2.1 times FAISS. On a busy Zen 1 with AVX2: 0.68 / 0.61 / 0.56; 9.3 / 1.2 / 1.1; 1.4. Mixing at
+(256, 100): 3.4 (2.8) times the eager chain on a quiet machine, 5 to 6 times on a busy one, whose caches
+the chain needs more. `watermark` on far queries: 2.8 times its exhaustive self; on data that defeat the
+bounds 0.97 times.
 """
 
 from __future__ import annotations
@@ -53,6 +58,18 @@ def times_faster(ours, theirs, repeats=1):
     return statistics.median(seconds[theirs]) / statistics.median(seconds[ours])
 
 
+def hold(at_least, measure, what):
+    """Fail unless one of three measurements of a ratio is good enough."""
+    seen = []
+    for _ in range(3):
+        seen.append(measure())
+        if seen[-1] >= at_least:
+            return
+    raise AssertionError(
+        f"{', '.join(f'{ratio:.2f}' for ratio in seen)} times {what}, at least {at_least} expected"
+    )
+
+
 def chain(metric, q, b):
     """The fastest that torch's operators do; what depends on the bank alone is done before."""
     if metric == "l1":
@@ -64,26 +81,57 @@ def chain(metric, q, b):
     return lambda: torch.addmm(squares, q, transposed, alpha=-2).topk(K, largest=False).values.mean(1)
 
 
-@pytest.mark.parametrize(("metric", "at_least"), [("l1", 15.0), ("l2", 1.0), ("cosine", 0.9)])
+@pytest.mark.parametrize(("metric", "at_least"), [("l1", 5.5), ("l2", 0.7), ("cosine", 0.65)])
 def test_feature_distance_keeps_its_lead(level, metric, at_least, randn):
     q, b = randn(256, 512), randn(500, 512)
     bank = ops.Bank(b)
-    ratio = max(
-        times_faster(lambda: ops.feature_distance(q, bank, k=K, metric=metric), chain(metric, q, b))
-        for _ in range(2)  # a neighbour that comes and goes spoils one of two, hardly both
-    )
-    assert ratio >= at_least, f"{ratio:.2f} times on {level}"
+    ours, theirs = lambda: ops.feature_distance(q, bank, k=K, metric=metric), chain(metric, q, b)
+    hold(at_least, lambda: times_faster(ours, theirs), f"torch on {level}")
+
+
+@pytest.mark.parametrize(("metric", "at_least"), [("l1", 0.5), ("l2", 0.45), ("cosine", 0.42)])
+def test_feature_distance_is_near_its_inner_loop(level, metric, at_least, randn):
+    """What loads, selection and the rest take, of the speed of sums in registers: the way that is in use."""
+    q, bank, code = randn(256, 512), ops.Bank(randn(500, 512)), {"l1": 0, "l2": 1, "cosine": 3}[metric]
+
+    def loop():
+        return _C._ceiling(code, 2.0, 8192, _C._preselection_pays(code))
+
+    share = 256 * 500 * 512 / loop()
+    ours = lambda: ops.feature_distance(q, bank, k=K, metric=metric)  # noqa: E731
+    hold(at_least, lambda: times_faster(ours, loop) * share, f"its inner loop on {level}")
+
+
+@pytest.mark.parametrize("metric", ["l1", "l2", "cosine"])
+def test_preselection_is_used_where_it_is_faster(level, metric, randn):
+    """And never where it is slower, nor left unused where it would win much."""
+    q, bank = randn(256, 512), ops.Bank(randn(500, 512))
+
+    def by(when):
+        def run():
+            _C._set_preselection(when)
+            try:
+                ops.feature_distance(q, bank, k=K, metric=metric)
+            finally:
+                _C._set_preselection("auto")
+
+        return run
+
+    hold(0.9, lambda: times_faster(by("auto"), by("never")), f"the speed without it on {level}")
+    hold(0.75, lambda: times_faster(by("auto"), by("always")), f"the speed with it on {level}")
 
 
 def test_half_features_cost_what_float32_costs(level, randn):
     q, bank = randn(256, 512), ops.Bank(randn(500, 512))
     for dtype in (torch.float16, torch.bfloat16):
         half = q.to(dtype)
-        ratio = times_faster(
-            lambda half=half: ops.feature_distance(half, bank, k=K),
-            lambda: ops.feature_distance(q, bank, k=K),
+        by_half = lambda half=half: ops.feature_distance(half, bank, k=K)  # noqa: E731
+        by_single = lambda: ops.feature_distance(q, bank, k=K)  # noqa: E731
+        hold(
+            0.85,
+            lambda one=by_half, other=by_single: times_faster(one, other),
+            f"float32 for {dtype} on {level}",
         )
-        assert ratio > 0.85, f"{ratio:.2f} times the speed of float32 for {dtype} on {level}"
 
 
 def test_l1_is_ahead_of_faiss(level, randn):
@@ -93,8 +141,8 @@ def test_l1_is_ahead_of_faiss(level, randn):
     index = faiss.IndexFlat(512, faiss.METRIC_L1)
     index.add(b.numpy())
     bank, queries = ops.Bank(b), q.numpy()
-    ratio = times_faster(lambda: ops.feature_distance(q, bank, k=K), lambda: index.search(queries, K))
-    assert ratio >= 1.3, f"{ratio:.2f} times on {level}"
+    ours, theirs = lambda: ops.feature_distance(q, bank, k=K), lambda: index.search(queries, K)
+    hold(1.15, lambda: times_faster(ours, theirs), f"FAISS on {level}")
 
 
 def eager_mix(z, s, r, rule):
@@ -112,10 +160,8 @@ def test_mixing_keeps_its_lead(level, classes, at_least, randn):
     """Every row bent: what costs most."""
     z, s, r = 3 * randn(256, classes), randn(256, 4).sigmoid(), randn(4, classes)
     bucket, rule = torch.arange(256), WatermarkRule()
-    ratio = times_faster(
-        lambda: ops.watermark_mix(z, s, r, bucket, rule=rule, seed=1), lambda: eager_mix(z, s, r, rule), 20
-    )
-    assert ratio >= at_least, f"{ratio:.2f} times on {level}"
+    ours = lambda: ops.watermark_mix(z, s, r, bucket, rule=rule, seed=1)  # noqa: E731
+    hold(at_least, lambda: times_faster(ours, lambda: eager_mix(z, s, r, rule), 20), f"torch on {level}")
 
 
 def exhaustively(call):
@@ -141,25 +187,20 @@ def test_bounds_pay_on_far_queries_and_cost_little_on_others(level, offset, at_l
     )
     rule = WatermarkRule(offset=offset, scale=offset)
     before = _C._bounded_counts()
-    ratios = []
-    for _ in range(2):
 
-        def call():
-            return ops.watermark(q, z, bank, r, planes, rule=rule, seed=1)
+    def call():
+        return ops.watermark(q, z, bank, r, planes, rule=rule, seed=1)
 
-        ratios.append(times_faster(call, exhaustively(call), 3))
+    hold(at_least, lambda: times_faster(call, exhaustively(call), 3), f"every distance on {level}")
     by_bounds = _C._bounded_counts()[1] - before[1]
     assert (by_bounds > 0) == (offset < 1)
-    assert max(ratios) >= at_least, f"{max(ratios):.2f} times on {level}"
 
 
 def test_sign_hash_keeps_up_with_the_matrix_product(level, randn):
     q, planes, weights = randn(256, 512), randn(64, 512), 2 ** torch.arange(64)
     transposed = planes.t()
-    ratio = times_faster(
-        lambda: ops.sign_hash(q, planes), lambda: ((q @ transposed >= 0).long() * weights).sum(1), 5
-    )
-    assert ratio >= 0.4, f"{ratio:.2f} times on {level}"
+    theirs = lambda: ((q @ transposed >= 0).long() * weights).sum(1)  # noqa: E731
+    hold(0.35, lambda: times_faster(lambda: ops.sign_hash(q, planes), theirs, 5), f"the product on {level}")
 
 
 def test_small_calls_cost_as_much_as_a_few_operators_of_torch(level, randn):
@@ -174,7 +215,7 @@ def test_small_calls_cost_as_much_as_a_few_operators_of_torch(level, randn):
         (lambda: ops.feature_distance(q, bank, k=5), 2.5),
         (lambda: ops.watermark(q, z, bank, r, planes, rule=rule, seed=1), 4.0),
     ):
-        assert times_faster(four_operators, call, 300) <= at_most
+        hold(1 / at_most, lambda call=call: times_faster(call, four_operators, 300), f"operators on {level}")
 
 
 def test_callers_on_eight_threads_cost_no_more_than_one_after_another(level, threads, randn):
@@ -204,6 +245,5 @@ def test_callers_on_eight_threads_cost_no_more_than_one_after_another(level, thr
             caller.start()
             caller.join()
 
-    ratio = times_faster(at_once, in_turn)
+    hold(0.75, lambda: times_faster(at_once, in_turn), f"as fast as in turn on {level}")
     assert not wrong
-    assert ratio >= 0.75, f"{1 / ratio:.1f} times the processor time on {level}"

@@ -37,6 +37,16 @@ struct BoundedCounts {
     uint64_t finished;         // computed
 };
 
+// Scratch of preselection.inl.h: what it knows of each query of a block, and room for the rows it chose for one.
+struct ScoreScratch {
+    float *shift, *margin;  // [batch]
+    uint32_t* count;        // [batch]
+    uint64_t* candidates;   // [batch][candidate_room(k)]
+    float* panel;           // [features][kLanes]
+    float* query;           // [features]
+    uint64_t* decided;      // queries of a group that were decided so are added here
+};
+
 // Mean of the k smallest distances of each query of a block to the rows of one group.
 struct DistanceTask {
     float* queries;  // [batch][query_stride] float32, finite; cosine normalises it in place
@@ -44,6 +54,9 @@ struct DistanceTask {
     const float* packed;   // [panels][features][kLanes]
     const int32_t* order;  // the feature at each place of a panel
     const float* norms;    // [panels * kLanes]
+    // For preselection.inl.h, null where rows are not to be chosen by their scores first.
+    const float* by_row;                    // the rows again: [panels * kLanes][features] in that order
+    const float *half_sums, *half_squares;  // half of each row's sum, and of its squared norm: [panels * kLanes]
     size_t rows, k;
     Metric metric;
     double p;
@@ -62,6 +75,7 @@ struct DistanceTask {
     uint32_t* lists;          // scratch [2 * batch]
     float* partial;           // scratch [batch][partial_stride(rows)] where `enough` is given
     uint64_t* keys;           // scratch [batch * k]
+    ScoreScratch scores;      // where `by_row` is given
     SmallestK* smallest;      // scratch [batch]
     float* distance;          // element of query i at distance[i * distance_stride]
     size_t distance_stride;
@@ -117,6 +131,7 @@ struct Kernels {
     void (*transpose)(const TransposeTask&);
     void (*distance)(const DistanceTask&);
     uint64_t (*ceiling)(Metric metric, double p, uint64_t repeats);
+    uint64_t (*score_ceiling)(Metric metric, uint64_t repeats);
     void (*sign_hash)(const HashTask&);
     Softmax (*softmax)(const SoftmaxTask&);
     void (*bend)(const BendTask&);

@@ -11,8 +11,15 @@
 namespace honeytrace::HONEYTRACE_LEVEL {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {HT_NAME(HONEYTRACE_LEVEL), load_rows_kernel, normalise_rows_kernel,
-                          transpose_kernel,          distance_kernel,  ceiling_kernel,
-                          sign_hash_kernel,          softmax_kernel,   bend_kernel};
+const Kernels kKernels = {HT_NAME(HONEYTRACE_LEVEL),
+                          load_rows_kernel,
+                          normalise_rows_kernel,
+                          transpose_kernel,
+                          distance_kernel,
+                          ceiling_kernel,
+                          score_ceiling_kernel,
+                          sign_hash_kernel,
+                          softmax_kernel,
+                          bend_kernel};
 
 }  // namespace honeytrace::HONEYTRACE_LEVEL

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "core/halves.h"
@@ -93,6 +95,8 @@ private:
     size_t capacity_ = 0, used_ = 0;
 };
 
+std::atomic<uint64_t> preselected_queries{0};
+
 // A block of queries as float32, and the scratch of the distance kernel.
 struct QueryBlock {
     size_t batch, features, k;
@@ -103,13 +107,17 @@ struct QueryBlock {
 
     // unit_panels: panels to be scaled at a time, for cosine only.
     // partial_rows: room for the sums that are kept between passes, 0 where nothing stops early.
-    QueryBlock(const RowSource& source, size_t k_, size_t unit_panels, size_t partial_rows)
+    // with_scores: room for preselection.
+    QueryBlock(const RowSource& source, size_t k_, size_t unit_panels, size_t partial_rows, bool with_scores)
         : batch(source.rows), features(source.columns), k(k_) {
         const size_t floats = batch * features, of_distance = k != 0 ? floats : 0;
         Scratch& memory = Scratch::of_this_thread(Scratch::kQueries);
         const size_t of_unit = unit_panels != 0 ? floats : 0, of_panels = unit_panels * features * kLanes;
+        const size_t scored = with_scores ? batch : 0, of_candidates = scored * baseline::candidate_room(k);
+        const size_t of_near = with_scores ? features : 0;
         memory.reserve({floats * 4, of_unit * 4, of_panels * 4, batch, batch, of_distance * 4, of_distance * 4,
-                        batch * 4, batch * 8, batch * partial_rows * 4, batch * k * 8, batch * sizeof(SmallestK)});
+                        batch * 4, batch * 8, batch * partial_rows * 4, batch * k * 8, batch * sizeof(SmallestK),
+                        scored * 4, scored * 4, scored * 4, of_candidates * 8, of_near * kLanes * 4, of_near * 4});
         queries = memory.take<float>(floats);
         unit = memory.take<float>(of_unit);
         scratch.unit_panels = memory.take<float>(of_panels);
@@ -122,6 +130,14 @@ struct QueryBlock {
         scratch.partial = memory.take<float>(batch * partial_rows);
         scratch.keys = memory.take<uint64_t>(batch * k);
         scratch.smallest = memory.take<SmallestK>(batch);
+        scratch.scores.shift = memory.take<float>(scored);
+        scratch.scores.margin = memory.take<float>(scored);
+        scratch.scores.count = memory.take<uint32_t>(scored);
+        scratch.scores.candidates = memory.take<uint64_t>(of_candidates);
+        scratch.scores.panel = memory.take<float>(of_near * kLanes);
+        scratch.scores.query = memory.take<float>(of_near);
+        with_scores_ = with_scores;
+        scratch.scores.decided = &decided_;
         kernels().load_rows({source, queries, features, finite});
     }
 
@@ -146,22 +162,56 @@ struct QueryBlock {
         return task;
     }
 
+    QueryBlock(const QueryBlock&) = delete;
+    QueryBlock& operator=(const QueryBlock&) = delete;
+    ~QueryBlock() {
+        if (decided_ != 0) preselected_queries.fetch_add(decided_, std::memory_order_relaxed);
+    }
+
+    // The task with the rows of one group.
+    void aim(DistanceTask& task, const Bank& bank, size_t group, float* distance, size_t distance_stride) const {
+        task.packed = bank.packed_of(group);
+        task.order = bank.order_of(group);
+        task.norms = bank.norms_of(group);
+        task.by_row = with_scores_ ? bank.by_row_of(group) : nullptr;
+        task.half_sums = bank.half_sums_of(group);
+        task.half_squares = bank.half_squares_of(group);
+        task.rows = bank.rows;
+        task.distance = distance;
+        task.distance_stride = distance_stride;
+    }
+
 private:
     float* transposed_;
+    bool with_scores_;
+    uint64_t decided_ = 0;
 };
+
+std::atomic<Preselection> preselection{Preselection::kAuto};
+
+// Seconds for as much of an inner loop as a fraction of a small call takes; the least of some tries.
+template <class Loop>
+double seconds_of(const Loop& loop) {
+    double least = INFINITY;
+    for (int attempt = 0; attempt < 5; ++attempt) {
+        const auto start = std::chrono::steady_clock::now();
+        const uint64_t pairs = loop();
+        const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+        least = std::min(least, spent.count() / static_cast<double>(pairs));
+    }
+    return least;
+}
+
+// Whether blocks of this task are given room and rows for preselection.
+bool preselects(const Bank& bank, const Neighbours& neighbours, size_t batch) {
+    const Preselection when = preselection.load(std::memory_order_relaxed);
+    const bool can = neighbours.metric != Metric::kLp && baseline::can_preselect(batch, bank.rows, neighbours.k);
+    if (!can || when != Preselection::kAuto) return can && when == Preselection::kAlways;
+    return preselection_pays(neighbours.metric);
+}
 
 size_t unit_panels(const Bank& bank, const Neighbours& neighbours) {
     return neighbours.metric == Metric::kCosine ? std::min(bank.panels(), baseline::panel_step(bank.features)) : 0;
-}
-
-void distances_to_group(DistanceTask& task, const Bank& bank, size_t group, float* distance, size_t distance_stride) {
-    task.packed = bank.packed_of(group);
-    task.order = bank.order_of(group);
-    task.norms = bank.norms_of(group);
-    task.rows = bank.rows;
-    task.distance = distance;
-    task.distance_stride = distance_stride;
-    kernels().distance(task);
 }
 
 double work_of(const Bank& bank, size_t batch) {
@@ -343,20 +393,27 @@ void order_features(const float* rows, size_t count, size_t features, int32_t* o
 
 void pack_bank(const float* rows, size_t groups, size_t rows_of_group, size_t features, float* packed, float* norms) {
     const Bank bank{packed, norms, groups, rows_of_group, features};
+    const auto writable = [](const auto* part) {
+        return const_cast<std::remove_cv_t<std::remove_reference_t<decltype(*part)>>*>(part);
+    };
     for (size_t group = 0; group < groups; ++group) {
         const float* of_group = rows + group * rows_of_group * features;
-        int32_t* order = const_cast<int32_t*>(bank.order_of(group));
+        int32_t* order = writable(bank.order_of(group));
         order_features(of_group, rows_of_group, features, order);
-        for (size_t lane = 0; lane < bank.panels() * kLanes; ++lane, ++norms) {
-            float* out = packed + (group * bank.panels() + lane / kLanes) * features * kLanes + lane % kLanes;
+        for (size_t lane = 0; lane < bank.lanes(); ++lane) {
+            float* in_panel = writable(bank.packed_of(group)) + lane / kLanes * features * kLanes + lane % kLanes;
+            float* in_row = writable(bank.by_row_of(group)) + lane * features;
             const float* row = lane < rows_of_group ? of_group + lane * features : nullptr;
-            double square = 0.0;
+            double sum = 0.0, square = 0.0;
             for (size_t d = 0; d < features; ++d) {
                 const float value = row == nullptr ? 0.0f : row[order[d]];
-                out[d * kLanes] = value;
+                in_panel[d * kLanes] = in_row[d] = value;
+                sum += value;
                 square += double{value} * value;
             }
-            *norms = static_cast<float>(std::sqrt(square));
+            writable(bank.norms_of(group))[lane] = static_cast<float>(std::sqrt(square));
+            writable(bank.half_sums_of(group))[lane] = static_cast<float>(sum / 2.0);
+            writable(bank.half_squares_of(group))[lane] = static_cast<float>(square / 2.0);
         }
     }
 }
@@ -366,13 +423,15 @@ void feature_distance(const RowSource& features, const Bank& bank, const Neighbo
     const size_t useful = useful_threads(work_of(bank, features.rows), threads);
     const size_t block = block_of(features.rows, features.columns, useful);
     for_blocks(features.rows, block, useful, [&](size_t begin, size_t rows) {
-        const QueryBlock queries(slice(features, begin, rows), neighbours.k, unit_panels(bank, neighbours), 0);
+        const QueryBlock queries(slice(features, begin, rows), neighbours.k, unit_panels(bank, neighbours), 0,
+                                 preselects(bank, neighbours, rows));
         DistanceTask task = queries.task(neighbours);
         task.index_stride = bank.groups * neighbours.k;
         for (size_t group = 0; group < bank.groups; ++group) {
             const size_t first = begin * bank.groups + group;
             task.index = index ? index + first * neighbours.k : nullptr;
-            distances_to_group(task, bank, group, distance + first, bank.groups);
+            queries.aim(task, bank, group, distance + first, bank.groups);
+            kernels().distance(task);
         }
     });
 }
@@ -382,7 +441,7 @@ void sign_hash(const RowSource& features, const float* planes, size_t n_planes, 
     const size_t useful = useful_threads(work, threads);
     const size_t block = block_of(features.rows, features.columns, useful);
     for_blocks(features.rows, block, useful, [&](size_t begin, size_t rows) {
-        const QueryBlock queries(slice(features, begin, rows), 0, 0, 0);
+        const QueryBlock queries(slice(features, begin, rows), 0, 0, 0, false);
         kernels().sign_hash({queries.queries, features.columns, rows, features.columns, planes, n_planes,
                              queries.finite, bucket + begin});
     });
@@ -483,7 +542,8 @@ struct Similarities {
             enough[i] = finite(i) ? distance_without_similarity(rule, group, confidence(i)) : -INFINITY;
         task.enough = looks ? enough : nullptr;
         const BoundedCounts before = *task.counts;
-        distances_to_group(task, bank, group, out, bank.groups);
+        queries.aim(task, bank, group, out, bank.groups);
+        kernels().distance(task);
         if (looks) {
             const size_t proven = task.counts->by_bounds - before.by_bounds;
             memory.remember(proven + task.counts->finished - before.finished, proven);
@@ -514,6 +574,29 @@ void hash_bent_rows(const QueryBlock& queries, const float* similarity, size_t g
 
 }  // namespace
 
+uint64_t preselected() { return preselected_queries.load(std::memory_order_relaxed); }
+void set_preselection(Preselection when) { preselection.store(when, std::memory_order_relaxed); }
+
+// Measured once for a level and a metric, in some fifty microseconds: on some machines a difference costs a slot that a
+// multiply-add could have used, on others the two go to pipes of their own. Far from the limit on both kinds (1.0 and
+// 2.0 times seen), so noise does not decide; and if it did, only time would depend on it.
+bool preselection_pays(Metric metric) {
+    if (metric == Metric::kLp) return false;
+    constexpr double kLeastGain = 1.35;
+    constexpr uint64_t kRepeats = 16;
+    static std::atomic<const Kernels*> measured_at[4];
+    static std::atomic<bool> pays[4];
+    const size_t slot = static_cast<size_t>(metric);
+    const Kernels& level = kernels();
+    if (measured_at[slot].load(std::memory_order_acquire) != &level) {
+        const double direct = seconds_of([&] { return level.ceiling(metric, 2.0, kRepeats); });
+        const double score = seconds_of([&] { return level.score_ceiling(metric, kRepeats); });
+        pays[slot].store(direct > kLeastGain * score, std::memory_order_relaxed);
+        measured_at[slot].store(&level, std::memory_order_release);
+    }
+    return pays[slot].load(std::memory_order_relaxed);
+}
+
 void set_exhaustive(bool on) { exhaustive.store(on, std::memory_order_relaxed); }
 void forget_bounds() { memory_epoch.fetch_add(1, std::memory_order_relaxed); }
 
@@ -530,7 +613,7 @@ void watermark(const RowSource& features, const RowSource& logits, const Bank& b
         AnswerBlock answers(slice(logits, begin, rows), mixing.groups);
         for (size_t i = 0; i < rows; ++i) answers.read(i, with_confidence || (even && mixing.rule.space == 1));
         const QueryBlock queries(slice(features, begin, rows), neighbours.k, unit_panels(bank, neighbours),
-                                 baseline::partial_stride(bank.rows));
+                                 baseline::partial_stride(bank.rows), !even && preselects(bank, neighbours, rows));
         const Similarities similarities{queries, answers, bank, rule, with_confidence, even};
         DistanceTask task = queries.task(neighbours);
         task.every_row = even;

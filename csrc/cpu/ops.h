@@ -16,17 +16,27 @@ using baseline::MixingRule;
 
 // Trigger banks as pack_bank leaves them.
 struct Bank {
-    const float* packed;  // [groups][panels][features][kLanes], then the order: int32 [groups][features]
+    const float* packed;  // the parts below, one after the other, each for all groups
     const float* norms;   // [groups][panels * kLanes]
     size_t groups, rows, features;
 
     size_t panels() const { return (rows + kLanes - 1) / kLanes; }
-    const float* packed_of(size_t group) const { return packed + group * panels() * features * kLanes; }
-    // The feature that lies at each place of the panels.
+    size_t lanes() const { return panels() * kLanes; }
+    // [panels][features][kLanes]
+    const float* packed_of(size_t group) const { return packed + group * lanes() * features; }
+    // [features]: the feature that lies at each place of the panels.
     const int32_t* order_of(size_t group) const {
         return reinterpret_cast<const int32_t*>(packed_of(groups)) + group * features;
     }
-    const float* norms_of(size_t group) const { return norms + group * panels() * kLanes; }
+    // [panels * kLanes][features]: the rows once more, one after the other, features in that order.
+    const float* by_row_of(size_t group) const {
+        return packed_of(groups) + groups * features + group * lanes() * features;
+    }
+    // [panels * kLanes] each: half of a row's sum, and of its squared norm.
+    const float* half_sums_of(size_t group) const { return by_row_of(groups) + group * lanes(); }
+    const float* half_squares_of(size_t group) const { return half_sums_of(groups) + group * lanes(); }
+    const float* norms_of(size_t group) const { return norms + group * lanes(); }
+    size_t packed_floats() const { return static_cast<size_t>(half_squares_of(groups) - packed); }
 };
 
 struct Neighbours {
@@ -74,6 +84,15 @@ enum class Effort { kLeast, kEven };
 void watermark(const RowSource& features, const RowSource& logits, const Bank& bank, const Neighbours& neighbours,
                const float* planes, size_t n_planes, const SimilarityRule& rule, const Mixing& mixing,
                float* similarity, size_t threads, Effort effort = Effort::kLeast);
+
+// Whether rows are first chosen by scores (preselection.inl.h) for metrics that have them: where that is faster on this
+// machine, never, or wherever it can be done. The results are the same, bit for bit.
+enum class Preselection { kAuto, kNever, kAlways };
+void set_preselection(Preselection when);
+// What kAuto does for a metric at the level in use.
+bool preselection_pays(Metric metric);
+// For tests: queries, counted once for each group, whose distance was found so by all calls until now.
+uint64_t preselected();
 
 // For tests: whether `watermark` computes every distance in full; to forget where bounds were not worth their while;
 // and how it decided the distances of all calls so far.

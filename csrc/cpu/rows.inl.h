@@ -118,7 +118,9 @@ HT_INLINE void sign_planes(const HashTask& task, size_t query) {
 inline void sign_hash_kernel(const HashTask& task) {
     for (size_t i = 0; i < task.batch; ++i) task.bucket[i] = 0;
     size_t query = 0;
-    for (; query + 4 <= task.batch; query += 4) sign_planes<4>(task, query);
+    // With two planes and their rows the sums of so many queries fit the registers.
+    constexpr int kQueries = kRegisters == 1 ? 4 : 2;
+    for (; query + kQueries <= task.batch; query += kQueries) sign_planes<kQueries>(task, query);
     for (; query < task.batch; ++query) sign_planes<1>(task, query);
     for (size_t i = 0; i < task.batch; ++i)
         if (!task.finite[i]) task.bucket[i] = 0;

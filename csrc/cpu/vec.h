@@ -66,12 +66,14 @@ HT_INLINE Lanes sub(Lanes a, Spread b) {
     HT_EACH_REGISTER out.r[i] = reg_sub_spread(a.r[i], b.value);
     return out;
 }
+HT_INLINE Lanes maximum(Lanes a, Spread b) { return maximum(a, fill(*b.value)); }
 // a * b + c, rounded once where the level can.
 HT_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) {
     Lanes out;
     HT_EACH_REGISTER out.r[i] = reg_fma(a.r[i], b.r[i], c.r[i]);
     return out;
 }
+HT_INLINE Lanes fma(Lanes a, Spread b, Lanes c) { return fma(a, fill(*b.value), c); }
 HT_INLINE LaneMask less(Lanes a, Lanes b) {
     LaneMask out;
     HT_EACH_REGISTER out.r[i] = reg_less(a.r[i], b.r[i]);
