@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.honeytrace-installed
 TOOLS := $(VENV)/.honeytrace-tools
-SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -name '*.o')
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -name '*.o' -not -path 'csrc/fuzz/*')
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Each test process works on one thread: several processes with several threads each would fight over the cores.
@@ -16,7 +16,8 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 TEST_PROCESSES ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install tools demo test lint evaluate bench test-gpu bench-gpu clean
+.PHONY: help install tools demo test lint evaluate bench test-gpu bench-gpu clean \
+	fuzz-core fuzz-threads fuzz-files
 
 help:
 	@echo "make demo       protect a classifier, steal it, prove the theft (installs first)"
@@ -26,6 +27,7 @@ help:
 	@echo "make bench      time the kernels against others"
 	@echo "make test-gpu   the tests that need a GPU"
 	@echo "make bench-gpu  the benches that need a GPU"
+	@echo "make fuzz-core  the core under libFuzzer (needs clang); fuzz-threads: its threads; fuzz-files: readers"
 	@echo "make install    virtual environment in $(VENV), compiled core, what it needs to run"
 	@echo "make tools      on top of it, what tests and checks need"
 	@echo "make clean      remove what was built and installed"
@@ -75,6 +77,17 @@ bench: tools
 	@found=0; for file in bench/bench_*.py; do test -e "$$file" || continue; found=1; \
 		echo "== $$file"; $(BIN)/python "$$file" || exit 1; done; \
 	test $$found -eq 1 || { echo "there are no benches in bench/" >&2; exit 1; }
+
+# Long forms; the short ones are tests (tests/test_fuzz.py). FUZZ_SECONDS each, counts in docs/reliability.md.
+FUZZ_SECONDS ?= 900
+fuzz-core:
+	$(MAKE) -C csrc/fuzz BUILD=$(CURDIR)/build/fuzz FUZZ_SECONDS=$(FUZZ_SECONDS) libfuzzer
+
+fuzz-threads:
+	$(MAKE) -C csrc/fuzz BUILD=$(CURDIR)/build/fuzz RACE_SECONDS=$(FUZZ_SECONDS) race
+
+fuzz-files: tools
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_files.py --seconds $(FUZZ_SECONDS)
 
 test-gpu: tools gpu-there
 	$(BIN)/python -m pytest -q -m gpu

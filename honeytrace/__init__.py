@@ -32,6 +32,24 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+
+def _refuse_sub_interpreter() -> None:
+    # torch and the compiled core, imported in a sub-interpreter, wait for a lock for ever and say nothing.
+    for name in ("_interpreters", "_xxsubinterpreters"):  # as it is called since Python 3.13, and before
+        try:
+            interpreters = importlib.import_module(name)
+        except ImportError:
+            continue
+        if interpreters.get_current() != interpreters.get_main():
+            raise ImportError(
+                "honeytrace cannot be imported in a sub-interpreter, for torch cannot: use the main "
+                "interpreter (mod_wsgi: WSGIApplicationGroup %{GLOBAL}) or another process"
+            )
+        return
+
+
+_refuse_sub_interpreter()
+
 # Public name -> (module, attribute in it); an attribute of None means the module itself. A new public name is
 # one line here and one line under TYPE_CHECKING above.
 _LAZY: dict[str, tuple[str, str | None]] = {

@@ -82,7 +82,7 @@ class ModelCache:
                 model = factory()
                 model.load_state_dict(load_file(file))
                 return model.eval()
-            except (SafetensorError, OSError, RuntimeError):
+            except (SafetensorError, OSError, RuntimeError, KeyError, AttributeError):
                 pass  # damaged, or of another architecture: trained again, and replaced
         model = train().eval()
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,11 @@ def refusing() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise click.exceptions.Exit(130) from None
+    except BrokenPipeError:
+        # Whoever read our output has left; that is no error, and no verdict either. Python's own last flush
+        # would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise click.exceptions.Exit(141) from None
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
         raise Refused(f"{error.filename}: {error.strerror}" if named else _one_line(error)) from error

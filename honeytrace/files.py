@@ -1,10 +1,11 @@
-"""Writing files that are either the old one or the new one, never half of it."""
+"""Files that are either the old one or the new one, never half of it, and files of a limited size."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -16,9 +17,43 @@ def write_private(path: str | os.PathLike[str], content: bytes | memoryview, *, 
 
     Raises:
         FileExistsError: the name is taken and overwrite is False.
-        OSError: it cannot be written; an older file of that name is untouched then.
+        OSError: it cannot be written; an older file of that name is untouched then. It names `path`.
     """
     path = Path(path)
+    with naming(path):
+        _write(path, content, overwrite)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError in here names `path`: a full disk names no file at all, and other faults often a temporary
+    one, which says nothing to anybody."""
+    told: OSError | None = None
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        told = OSError(error.errno, error.strerror or os.strerror(error.errno), os.fspath(path))
+    if told is not None:
+        raise told
+
+
+def read_limited(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of a file, at most `most` of them.
+
+    Raises:
+        ValueError: the file is larger.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"is larger than the {most:,} bytes such a file may have")
+        return file.read(size)  # a size that is given is memory that is taken: not `most`
+
+
+def _write(path: Path, content: bytes | memoryview, overwrite: bool) -> None:
     # mkstemp creates with mode 0600, so the content is at no moment readable by others.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".honeytrace-")
     try:

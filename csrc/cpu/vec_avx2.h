@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "core/hd.h"
+
 namespace honeytrace::HONEYTRACE_LEVEL {
 
 constexpr int kRegisterFloats = 8;
@@ -21,7 +23,7 @@ using Reg = __m256;
 using RegMask = __m256;
 using RegInt = __m256i;
 
-#define HT_INLINE inline __attribute__((always_inline))
+#define HT_INLINE HONEYTRACE_HD
 HT_INLINE Reg reg_load(const float* p) { return _mm256_loadu_ps(p); }
 HT_INLINE void reg_store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
 HT_INLINE Reg reg_set(float x) { return _mm256_set1_ps(x); }

@@ -15,6 +15,8 @@
 
 #include <cstdint>
 
+#include "core/hd.h"
+
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC's own intrinsics start from a register left undefined on purpose, and GCC warns of it (its bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -28,7 +30,7 @@ using Reg = __m512;
 using RegMask = __mmask16;
 using RegInt = __m512i;
 
-#define HT_INLINE inline __attribute__((always_inline))
+#define HT_INLINE HONEYTRACE_HD
 HT_INLINE Reg reg_load(const float* p) { return _mm512_loadu_ps(p); }
 HT_INLINE void reg_store(float* p, Reg a) { _mm512_storeu_ps(p, a); }
 HT_INLINE Reg reg_set(float x) { return _mm512_set1_ps(x); }

@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "core/hd.h"
+
 namespace honeytrace::HONEYTRACE_LEVEL {
 
 constexpr int kRegisterFloats = 4;
@@ -20,7 +22,7 @@ using Reg = float32x4_t;
 using RegMask = uint32x4_t;
 using RegInt = int32x4_t;
 
-#define HT_INLINE inline __attribute__((always_inline))
+#define HT_INLINE HONEYTRACE_HD
 HT_INLINE Reg reg_load(const float* p) { return vld1q_f32(p); }
 HT_INLINE void reg_store(float* p, Reg a) { vst1q_f32(p, a); }
 HT_INLINE Reg reg_set(float x) { return vdupq_n_f32(x); }

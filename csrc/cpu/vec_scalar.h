@@ -16,7 +16,7 @@ typedef float Reg __attribute__((vector_size(16)));
 typedef int32_t RegInt __attribute__((vector_size(16)));
 using RegMask = RegInt;
 
-#define HT_INLINE inline __attribute__((always_inline))
+#define HT_INLINE HONEYTRACE_HD
 HT_INLINE RegInt reg_as_int(Reg a) { return (RegInt)a; }
 HT_INLINE Reg int_as_reg(RegInt a) { return (Reg)a; }
 HT_INLINE Reg reg_load(const float* p) {

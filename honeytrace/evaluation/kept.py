@@ -27,7 +27,7 @@ def kept_defended(path: Path, factory: Callable[[], nn.Module], make: Callable[[
     if path.is_file():
         try:
             return _read(path, factory())
-        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError):
+        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
             pass
     made = make()
     if _parts(made.model) == _parts(factory()) and made.changed is None:

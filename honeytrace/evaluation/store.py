@@ -36,7 +36,7 @@ class Store:
         """The finished result of a cell, under the names the cell has now; None: to be run."""
         try:
             found = json.loads(self._path(cell).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None  # not there, or cut off by something that is not us: run it again
         if not isinstance(found, dict) or found.get("status") not in FINISHED:
             return None
@@ -61,7 +61,7 @@ class Store:
             try:
                 found = json.loads(line)
                 cell = Cell(**found["cell"])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise ValueError(f"{lines} line {number} is no result of a cell") from None
             if found.get("status") in FINISHED and self.get(cell) is None:
                 self.cells.mkdir(parents=True, exist_ok=True)

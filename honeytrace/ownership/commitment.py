@@ -17,11 +17,10 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import honeytrace
-from honeytrace.files import write_private
+from honeytrace.files import read_limited, write_private
 from honeytrace.ownership import canonical
 from honeytrace.ownership.sequential import RULES, Rule
 
@@ -36,6 +35,8 @@ T = TypeVar("T")
 FORMAT = "honeytrace-commitment"
 BEACON_FORMAT = "honeytrace-beacon"
 VERSION = 1
+_MOST_BYTES = 1 << 20
+"""Largest file that is read; one of ten thousand groups has 60,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +221,6 @@ def _read(content: bytes, expected: str, names: set[str]) -> dict[str, Any]:
 
 def _load(path: str | os.PathLike[str], parse: Callable[[bytes], T]) -> T:
     try:
-        return parse(Path(path).read_bytes())
+        return parse(read_limited(path, _MOST_BYTES))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

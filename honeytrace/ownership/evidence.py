@@ -27,7 +27,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 import honeytrace
-from honeytrace.files import write_private
+from honeytrace.files import naming, read_limited, write_private
 from honeytrace.ownership import canonical
 from honeytrace.ownership.commitment import Beacon, Commitment
 from honeytrace.ownership.report import page
@@ -46,8 +46,9 @@ _SETTINGS = ("alpha", "rule", "answers", "scores_are", "stop_at_claim", "trigger
 _SIGNATURE = "signature.json"
 _FILES = ("key.txt", "watermark.honeytrace", "transcript.jsonl", "verdict.json", "report.html")
 _OPTIONAL = ("commitment.json", "beacon.json")
-_MOST_BYTES = 4 << 30
-"""Largest file that is read of a bundle from somewhere else."""
+_MOST_BYTES = {"watermark.honeytrace": 4 << 30, "transcript.jsonl": 1 << 30, "report.html": 64 << 20}
+_MOST_BYTES_OF_OTHERS = 16 << 20
+"""Largest files that are read of a bundle from somewhere else."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,14 +86,15 @@ class Evidence:
                     "signature": signer.sign(manifest).hex(),
                 }
             )
-        unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=".honeytrace-"))
-        try:
-            for name, content in whole.items():
-                write_private(unfinished / name, memoryview(content), overwrite=False)
-            os.rename(unfinished, target)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+        with naming(target):
+            unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=".honeytrace-"))
+            try:
+                for name, content in whole.items():
+                    write_private(unfinished / name, memoryview(content), overwrite=False)
+                os.rename(unfinished, target)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
 
 
 def collect(
@@ -246,10 +248,13 @@ def _read_files(
     for name, entry in sorted(present.items()):
         if name not in (*_FILES, *_OPTIONAL, "manifest.json", _SIGNATURE):
             problems.append(f"{name} does not belong to the bundle")
-        elif entry.is_symlink() or not entry.is_file() or entry.stat().st_size > _MOST_BYTES:
-            problems.append(f"{name} is no plain file of a size that is read")
+        elif entry.is_symlink() or not entry.is_file():
+            problems.append(f"{name} is no plain file")
         else:
-            found[name] = entry.read_bytes()
+            try:
+                found[name] = read_limited(entry, _MOST_BYTES.get(name, _MOST_BYTES_OF_OTHERS))
+            except ValueError as error:
+                problems.append(f"{name} {error}")
     if problems:
         return found
     signature, manifest = found.pop(_SIGNATURE, None), found.pop("manifest.json")

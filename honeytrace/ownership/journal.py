@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from honeytrace.files import naming
 from honeytrace.ownership import canonical
 from honeytrace.ownership.suspect import Suspect, ask, quiet
 from honeytrace.ownership.transcript import question_digest, read_answer, spell
@@ -35,7 +36,7 @@ class Journal:
         asked: questions put to the suspect by this object.
 
     Raises:
-        ValueError: the file is no journal.
+        ValueError: the file is no journal; it is left as it was.
         OSError: it cannot be read or written.
     """
 
@@ -45,7 +46,9 @@ class Journal:
         self.asked = 0
         self.remembered = 0
         head = {"journal": hashlib.sha256(name.encode("utf-8")).hexdigest()}
-        self._file = _open(Path(path), head, self._known)
+        self._path = Path(path)
+        with naming(path):
+            self._file = _open(self._path, head, self._known)
 
     def __call__(self, inputs: Tensor) -> npt.NDArray[np.generic]:
         digests = [question_digest(question) for question in inputs]
@@ -58,11 +61,13 @@ class Journal:
             with quiet(self._suspect):
                 said = ask(self._suspect, inputs[torch.tensor(list(fresh.values()))])
             self.asked += len(fresh)
-            for digest, row in zip(fresh, said, strict=True):
-                self._known[digest] = spell(np.asarray(row))
-                self._file.write(canonical.line({"question": digest, "answer": self._known[digest]}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            answers = {digest: spell(np.asarray(row)) for digest, row in zip(fresh, said, strict=True)}
+            with naming(self._path):
+                for digest, answer in answers.items():
+                    self._file.write(canonical.line({"question": digest, "answer": answer}) + "\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._known.update(answers)
         return np.asarray([read_answer(self._known[digest]) for digest in digests])
 
     def close(self) -> None:
@@ -76,7 +81,12 @@ def _open(path: Path, head: dict[str, str], known: dict[str, Any]) -> TextIO:
     whole = 0
     for number, line in enumerate(file, start=1):
         if not line.endswith("\n"):
-            break  # cut off while it was written; the answer is asked for again
+            # Cut off while it was written; the answer is asked for again. A file that begins with something
+            # else than our first line is somebody's, and nothing of it is cut off.
+            if number == 1 and not (canonical.line(head) + "\n").startswith(line):
+                file.close()
+                raise ValueError(f"{path}, line 1: this is no journal of a verification")
+            break
         try:
             content = json.loads(line)
             if number == 1 and set(content) == {"journal"}:

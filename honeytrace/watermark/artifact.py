@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # honeytrace.numpy reads files without torch
 
 FORMAT = "honeytrace-watermark"
 VERSION = 1
+_MOST_HEADER = 16 << 20
+"""Bytes of a header that is parsed, names and JSON together; a thousand groups need one million. JSON takes
+up to thirty times its size in memory."""
 
 
 class ArtifactError(ValueError):
@@ -59,12 +62,17 @@ def read(
         return _decode(path, framework)
     except ArtifactError as error:
         message = str(error)
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+    except MemoryError:
+        message = "asks for more memory than there is"
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, AttributeError) as error:
         message = f"is damaged or no watermark file ({type(error).__name__})"
     raise ArtifactError(f"{path} {message}")
 
 
 def _decode(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    with path.open("rb") as start:
+        if int.from_bytes(start.read(8), "little") > _MOST_HEADER:
+            raise ArtifactError("is damaged or no watermark file (its header would be too large)")
     with safe_open(path, framework=framework) as file:
         metadata = file.metadata() or {}
         if FORMAT not in metadata:
