@@ -17,13 +17,15 @@ TEST_PROCESSES ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help install tools demo test lint evaluate bench test-gpu bench-gpu clean \
-	fuzz-core fuzz-threads fuzz-files
+	fuzz-core fuzz-threads fuzz-files fuzz-http soak
 
 help:
 	@echo "make demo       protect a classifier, steal it, prove the theft (installs first)"
 	@echo "make test       all tests that need no GPU (installs first)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make evaluate   every defence against every attack (PLAN=digits-small, digits, fashion or a file)"
+	@echo "make fuzz-http  requests of all kinds to a served model"
+	@echo "make soak       a served model under load, bare and protected side by side"
 	@echo "make bench      time the kernels against others"
 	@echo "make test-gpu   the tests that need a GPU"
 	@echo "make bench-gpu  the benches that need a GPU"
@@ -61,6 +63,15 @@ PLAN ?= digits-small
 EVALUATION ?= evaluation/$(notdir $(basename $(PLAN)))
 evaluate: tools
 	OMP_NUM_THREADS=1 $(BIN)/honeytrace evaluate $(PLAN) --directory $(EVALUATION)
+
+# Requests by Schemathesis from the server's own description. tests/test_serving_fuzz.py is the short form.
+FUZZ_EXAMPLES ?= 2000
+fuzz-http: tools
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_http.py --examples $(FUZZ_EXAMPLES)
+
+# Thousands of queries at a time, a model bare and protected side by side; tests/test_serving_load.py is the short form.
+soak: tools
+	OMP_NUM_THREADS=1 $(BIN)/python bench/soak_http.py
 
 # Speed ratios first and alone: a second test process beside them would be in the picture.
 test: tools

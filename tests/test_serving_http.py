@@ -144,7 +144,7 @@ BAD = {
     "beyond float64": (b'{"inputs": [[1e999' + b", 0" * 23 + b"]]}", 422),
     "beyond int64": (json.dumps({"inputs": [[2**70] + [0] * 23]}).encode(), 422),
     "no finite answer": (json.dumps({"inputs": [[3e38] * 24]}).encode(), 422),
-    "too many": (json.dumps({"inputs": [[0.0] * 24] * 257}).encode(), 413),
+    "too many": (json.dumps({"inputs": [[0.0] * 24] * 257}).encode(), 422),
     "too large": (b'{"inputs": [[' + b" " * 200_000 + b"]]}", 413),
 }
 

@@ -31,9 +31,9 @@ _ERROR = {
 _REFUSALS = {
     400: "The body is not JSON.",
     408: "The body did not arrive in time.",
-    413: "The body is too large, or holds too many inputs.",
+    413: "The body is too large.",
     415: "The content type is not application/json.",
-    422: "The inputs are not what the model takes, or it has no finite answer to them.",
+    422: "The inputs are too many or not what the model takes, or it has no finite answer to them.",
     500: "The model failed on this request.",
     503: "Too many requests wait, or the server is shutting down. Retry-After says when to come again.",
 }

@@ -127,13 +127,13 @@ class Protocol:
         """Nested lists of numbers or an array -> inputs [n, *input_shape], as the model takes them.
 
         Raises:
-            Refusal: 413 too many inputs, 422 anything else that they are not.
+            Refusal: 422, what they are not.
         """
         wanted = f"inputs must have the shape [n, {', '.join(map(str, self.input_shape))}] with n >= 1"
         if not isinstance(inputs, (list, np.ndarray)):
             raise Refusal(422, f"{wanted}, got no list")
         if len(inputs) > self.limits.rows:
-            raise Refusal(413, f"at most {self.limits.rows} inputs are answered at once, got {len(inputs)}")
+            raise Refusal(422, f"at most {self.limits.rows} inputs are answered at once, got {len(inputs)}")
         if isinstance(inputs, list) and _holds_bool(inputs):
             raise Refusal(422, "inputs must be numbers, got true or false")
         try:
