@@ -127,27 +127,36 @@ HT_INLINE void offer_sums(const CosineScore& s, const DistanceTask& task, Lanes 
     offer_scores(s, task, sum, query, panel);
 }
 
+typedef float Four __attribute__((vector_size(16), aligned(4)));
+
+// Four of the eight numbers of a and b. GCC knows clang's name for it from version 12 on.
+#if defined(__clang__)
+#define HT_PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t FourPlaces __attribute__((vector_size(16)));
+#define HT_PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, FourPlaces{i, j, k, l})
+#endif
+
 // Sixteen rows side by side: [features][kLanes].
 inline void interleave_rows(const float* const* rows, size_t features, float* panel) {
-    typedef float Four __attribute__((vector_size(16), aligned(4)));
     const size_t whole = features - features % 4;
     for (size_t d = 0; d < whole; d += 4) {
         for (size_t lane = 0; lane < kLanes; lane += 4) {
             const auto row = [&](size_t i) { return *reinterpret_cast<const Four*>(rows[lane + i] + d); };
-            const Four a = row(0), b = row(1), c = row(2), e = row(3);
-            const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ce = __builtin_shufflevector(c, e, 0, 4, 1, 5);
-            const Four ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-            const Four ce2 = __builtin_shufflevector(c, e, 2, 6, 3, 7);
             const auto put = [&](size_t i, Four v) { *reinterpret_cast<Four*>(panel + (d + i) * kLanes + lane) = v; };
-            put(0, __builtin_shufflevector(ab, ce, 0, 1, 4, 5));
-            put(1, __builtin_shufflevector(ab, ce, 2, 3, 6, 7));
-            put(2, __builtin_shufflevector(ab2, ce2, 0, 1, 4, 5));
-            put(3, __builtin_shufflevector(ab2, ce2, 2, 3, 6, 7));
+            const Four low01 = HT_PICK(row(0), row(1), 0, 4, 1, 5), high01 = HT_PICK(row(0), row(1), 2, 6, 3, 7);
+            const Four low23 = HT_PICK(row(2), row(3), 0, 4, 1, 5), high23 = HT_PICK(row(2), row(3), 2, 6, 3, 7);
+            put(0, HT_PICK(low01, low23, 0, 1, 4, 5));
+            put(1, HT_PICK(low01, low23, 2, 3, 6, 7));
+            put(2, HT_PICK(high01, high23, 0, 1, 4, 5));
+            put(3, HT_PICK(high01, high23, 2, 3, 6, 7));
         }
     }
     for (size_t d = whole; d < features; ++d)
         for (size_t lane = 0; lane < kLanes; ++lane) panel[d * kLanes + lane] = rows[lane][d];
 }
+
+#undef HT_PICK
 
 // The k nearest of the candidates, by their distances.
 template <class M>
