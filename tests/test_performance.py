@@ -204,7 +204,8 @@ def test_sign_hash_keeps_up_with_the_matrix_product(level, randn):
 
 
 def test_small_calls_cost_as_much_as_a_few_operators_of_torch(level, randn):
-    """A call for one query against a tiny bank: what remains is overhead. Seen: 0.9 and 1.6 times these."""
+    """A call for one query against a tiny bank: what remains is overhead. Seen: 0.9 and 1.6 times
+    these on a quiet machine, up to 4.1 on one with five jobs for two cores."""
     q, bank, z, r, planes = randn(1, 16), ops.Bank(randn(16, 16)), randn(1, 10), randn(1, 10), randn(4, 16)
     rule = WatermarkRule(k=5)
 
@@ -212,8 +213,8 @@ def test_small_calls_cost_as_much_as_a_few_operators_of_torch(level, randn):
         return torch.softmax(torch.softmax(torch.softmax(torch.softmax(z, 1), 1), 1), 1)
 
     for call, at_most in (
-        (lambda: ops.feature_distance(q, bank, k=5), 2.5),
-        (lambda: ops.watermark(q, z, bank, r, planes, rule=rule, seed=1), 4.0),
+        (lambda: ops.feature_distance(q, bank, k=5), 3.0),
+        (lambda: ops.watermark(q, z, bank, r, planes, rule=rule, seed=1), 5.5),
     ):
         hold(1 / at_most, lambda call=call: times_faster(call, four_operators, 300), f"operators on {level}")
 
