@@ -107,11 +107,12 @@ class Marker:
             FileNotFoundError: there is no such file.
             ArtifactError: it is damaged, foreign, or of another format version.
         """
-        arrays, fields = artifact.read(path, "np")
         try:
-            return cls._of(arrays, fields)
+            return cls._of(*artifact.read(path, "np"))
+        except ArtifactError:
+            raise
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-            # Not its text: that may quote what the damaged place holds, and it may hold the flip seed.
+            # Not its text, and no local variable: they may hold the flip seed, and crash reports list them.
             kind = type(error).__name__
         raise ArtifactError(f"{path} is damaged: a field is missing or of a wrong kind ({kind})")
 

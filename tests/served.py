@@ -65,7 +65,7 @@ def serving(service: Service) -> Iterator[str]:
 
     from honeytrace.serving.http import create_app
 
-    config = uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_level="warning")
+    config = uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -6,7 +6,6 @@ The ops' side is tests/test_invariants_ops.py; invariant 6 in full is tests/test
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import logging
 import threading
@@ -15,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+from secret_forms import found_in
 from test_import import probe
 from torch import nn
 from worlds import KEY, blobs, mark, marked, mlp
@@ -152,29 +152,6 @@ def test_4_in_float64():
 
 
 # 5: the secrets are shown nowhere ----------
-
-
-def secrets(watermark: Watermark, key: SecretKey) -> dict[str, str]:
-    """What must not be read anywhere, in the forms in which Python and torch print it."""
-    found = {"key": key._secret.hex(), "key as list": str(list(key._secret))[1:-1]}
-    found["key as bytes"] = repr(key._secret)[2:-1]
-    for purpose in ("flips", "verification order"):
-        seed = key.seed(purpose)
-        for name, form in (("decimal", str(seed)), ("hex", f"{seed:x}"), ("signed", str(seed - 2**64))):
-            found[f"seed {purpose} {name}"] = form
-    for name, tensor in watermark._plain()[0].items():
-        if name.startswith("reference") or not tensor.is_floating_point():
-            continue
-        values = [float(v) for v in tensor.flatten()[:400]]
-        for i, (v, w) in enumerate(itertools.pairwise(values)):
-            found[f"{name} {i}, printed by torch"] = f"{v:.4f}, {w: .4f}"
-            if len(repr(v)) > 7:  # shorter ones stand in any text
-                found[f"{name} {i}"] = repr(v)
-    return found
-
-
-def found_in(text: str, watermark: Watermark, key: SecretKey) -> list[str]:
-    return [name for name, form in secrets(watermark, key).items() if form in text]
 
 
 def test_5_the_search_finds_what_it_should():

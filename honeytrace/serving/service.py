@@ -72,7 +72,10 @@ class Service:
         self._warm = False
 
     def __repr__(self) -> str:
-        return f"Service(input_shape={self.protocol.input_shape}, answers={self.protocol.answers!r})"
+        protocol = getattr(self, "protocol", None)  # a crash report may ask in the middle of __init__
+        if protocol is None:
+            return "Service(<being made>)"
+        return f"Service(input_shape={protocol.input_shape}, answers={protocol.answers!r})"
 
     @torch.inference_mode()
     def answer(self, inputs: Tensor) -> Tensor:
@@ -165,9 +168,9 @@ def protocol_of(
     """The protocol of a service with these arguments. Raises as `Service`."""
     dtype = torch.float32
     if watermark is not None:
-        triggers = watermark.groups[0].triggers
-        dtype = triggers.dtype
-        input_shape = triggers.shape[1:] if input_shape is None else input_shape
+        # The triggers themselves in no local variable: crash reports list those.
+        dtype, shape = watermark.groups[0].triggers.dtype, watermark.groups[0].triggers.shape[1:]
+        input_shape = shape if input_shape is None else input_shape
     if input_shape is None:
         raise ValueError("input_shape must be given where no watermark tells it")
     return Protocol(input_shape, dtype=dtype, answers=answers, limits=limits)
