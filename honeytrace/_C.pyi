@@ -148,7 +148,7 @@ def pool_workers() -> int:
 def _ceiling(metric: int, p: float, repeats: int, scores: bool = False) -> int:
     """For benches: the distance kernel's inner loop on operands in the first-level cache, ``repeats`` times.
 
-    ``scores``: that of the scores by which l1, l2 and cosine may choose rows first. Gives the number of features
+    ``scores``: that of the scores by which l1, l2 and cosine may choose rows first. Gives how many features
     that were compared, one for each pair.
     """
 
@@ -162,7 +162,7 @@ def _preselection_pays(metric: int) -> bool:
     """Whether "auto" means yes for this metric at the level in use; measured once."""
 
 def _preselected() -> int:
-    """For tests: queries, once for each group, whose k nearest rows scores have chosen so far in this process."""
+    """For tests: queries, once for each group, whose k nearest rows scores have chosen in this process."""
 
 def _set_exhaustive(on: bool) -> None:
     """For tests: whether `watermark` computes every distance in full. Its results do not depend on it."""

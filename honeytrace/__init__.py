@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from honeytrace import models as models
     from honeytrace import numpy as numpy
     from honeytrace import ops as ops
+    from honeytrace import records as records
     from honeytrace import removal as removal
     from honeytrace import serving as serving
     from honeytrace import training as training
@@ -66,6 +67,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "models": ("honeytrace.models", None),
     "numpy": ("honeytrace.numpy", None),
     "ops": ("honeytrace.ops", None),
+    "records": ("honeytrace.records", None),
     "reference": ("honeytrace.ops.reference", None),
     "removal": ("honeytrace.removal", None),
     "rehearse": ("honeytrace.rehearsal", "rehearse"),
@@ -89,6 +91,7 @@ __all__ = [
     "models",
     "numpy",
     "ops",
+    "records",
     "reference",
     "rehearse",
     "removal",

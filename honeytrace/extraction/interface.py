@@ -1,7 +1,7 @@
 """What all attacks share: the API they ask, the record they leave, and how alike two models are."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,19 @@ class Extraction(NamedTuple):
     does not ask itself that. They were left out, or their targets were changed."""
     history: History
     """The surrogate's training (the last one, where it was trained more than once)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts and the training's course, as JSON values; no query and no answer."""
+        return {
+            "queries": len(self.queries),
+            "kept": len(self.kept),
+            "suspected": len(self.suspected),
+            "made_from_nothing": int((self.indices < 0).sum()),
+            "answers": "labels" if self.answers.dim() == 1 else "probabilities",
+            "classes": None if self.answers.dim() == 1 else int(self.answers.shape[1]),
+            "parameters": sum(parameter.numel() for parameter in self.surrogate.parameters()),
+            "history": {name: list(values) for name, values in self.history._asdict().items()},
+        }
 
 
 def api(

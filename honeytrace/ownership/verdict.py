@@ -7,11 +7,11 @@ seeds and the key are not in it, so printing, logging or mailing it gives nothin
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 from dataclasses import dataclass
 from typing import Any
 
+from honeytrace import notebook
 from honeytrace.ownership.answers import AnswerKind
 from honeytrace.ownership.sequential import Rule
 from honeytrace.ownership.t_test import TTest
@@ -101,19 +101,9 @@ class Verdict:
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     def _repr_html_(self) -> str:
-        facts = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-            for name, value in self._facts()
-        )
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(n, record)) + "</tr>"
-            for n, record in self._numbered()
-        )
-        return (
-            f"<p><b>{html.escape(self._headline())}</b></p><table>{facts}</table>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
+        groups = notebook.table(_COLUMNS, (_row(n, record) for n, record in self._numbered()))
+        side = "bad" if self.claim else "plain"
+        return notebook.card(self._headline(), notebook.facts(self._facts()), groups, side=side)
 
     def _numbered(self) -> list[tuple[int, GroupRecord]]:
         return list(enumerate(self.groups, start=1))

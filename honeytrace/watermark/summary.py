@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from honeytrace import notebook
 from honeytrace.ownership.power import plan, smallest_p_value
 from honeytrace.watermark.groups import Family, Mark
 
@@ -137,7 +137,26 @@ class Summary:
         return "\n".join(["Watermark, as calibrated", *lines])
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        rows = [
+            (
+                group.mark,
+                group.family,
+                f"{group.share:.2%}",
+                f"{group.lift:.2f}",
+                f"{group.candidates}",
+                f"{group.triggers}",
+            )
+            for group in self.groups
+        ]
+        facts = [(name.strip(), value.strip()) for name, value in self._facts()]
+        warnings = self.warnings()
+        return notebook.card(
+            "Watermark, as calibrated",
+            notebook.facts(facts),
+            notebook.table(("mark", "family", "share", "lift", "candidates", "triggers"), rows),
+            notebook.notes(f"warning: {text}" for text in warnings),
+            side="bad" if warnings else "good",
+        )
 
     def _facts(self) -> list[tuple[str, str]]:
         def points(value: float) -> str:
