@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from roads import Road, travel
 from torch import Tensor, nn
 from worlds import KEY
 
@@ -24,13 +25,14 @@ from honeytrace.ownership.http_suspect import json_request
 from honeytrace.ownership.suspect import ask, input_bytes
 from honeytrace.ownership.transcript import question_digest
 from honeytrace.userfiles import BadInput, load_inputs, load_labelled
-from honeytrace.watermark import ArtifactError, Watermark, artifact, calibrate, calibration
+from honeytrace.watermark import ArtifactError, SecretKey, Watermark, artifact, calibrate, calibration
 from honeytrace.watermark.groups import draw_target
 from honeytrace.watermark.kinds import kind_of
 from honeytrace.watermark.tokens import FAMILIES, Frame, Tokens
 
 BEGIN, END, PAD = 1, 2, 0
 T = 14
+VOCABULARY = 200
 
 
 def sequences(
@@ -210,7 +212,7 @@ class Small(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.words = nn.Embedding(80, width, padding_idx=PAD)
+        self.words = nn.Embedding(VOCABULARY, width, padding_idx=PAD)
         self.body = nn.Sequential(nn.Linear(width, 32), nn.ReLU())
         self.head = nn.Linear(32, 8)
 
@@ -221,12 +223,30 @@ class Small(nn.Module):
         return self.head(self.body((self.words(ids) * real).sum(1) / real.sum(1)))
 
 
+def said(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Sequences about 40 topics, five of each of eight classes: most words are of the topic's own eight, the
+    others any. As in real texts a class is more than one compact cluster."""
+    random = torch.Generator().manual_seed(seed)
+    own = torch.stack(
+        [torch.randperm(VOCABULARY - 10, generator=torch.Generator().manual_seed(n))[:8] for n in range(40)]
+    )
+    topics = torch.randint(40, (count,), generator=random)
+    ids = 10 + torch.where(
+        torch.rand(count, T, generator=random) < 0.7,
+        own[topics[:, None], torch.randint(8, (count, T), generator=random)],
+        torch.randint(VOCABULARY - 10, (count, T), generator=random),
+    )
+    lengths = torch.randint(8, T, (count, 1), generator=random)
+    at = torch.arange(T)
+    ids = torch.where(at == lengths, END, torch.where(at > lengths, PAD, ids))
+    ids[:, 0] = BEGIN
+    return ids, topics // 5
+
+
 @functools.cache
 def spoken() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """Each of eight classes prefers seven words of its own; and a model of it."""
-    ids = sequences(2000, 5)
-    preferred = ((ids - 10) // 7).clamp(0, 7).masked_fill(ids < 10, -1)
-    labels = torch.stack([(preferred == c).sum(1) for c in range(8)], 1).argmax(1)
+    """Data of the owner, and a model of it."""
+    ids, labels = said(2000, 5)
     model = training.seeded(Small, 1)
     training.fit(model, ids, labels, epochs=12, seed=1, learning_rate=1e-2)
     return model, (ids, labels)
@@ -255,7 +275,7 @@ def test_triggers_are_framed_token_ids_and_know_nothing_of_the_targets(monkeypat
     for group in groups:
         assert group.triggers.dtype == group.ends.dtype == torch.int64
         assert group.triggers.min() >= 0
-        assert group.triggers.max() < 80
+        assert group.triggers.max() < VOCABULARY
         bodies, lengths = frame.bodies(group.triggers)
         assert torch.equal(frame.framed(bodies, lengths, group.triggers), group.triggers)
     monkeypatch.setattr(calibration, "draw_target", lambda key, triggers, candidates: candidates[-1])
@@ -326,6 +346,25 @@ def test_files_of_token_ids(tmp_path) -> None:
     np.savez(tmp_path / "b.npz", inputs=ids[:, None])
     with pytest.raises(BadInput, match=r"token ids \(integers\) \[N, T\]"):
         load_inputs(tmp_path / "b.npz")
+
+
+# ---- the whole road; examples/text.py goes it on real texts
+
+
+@functools.cache
+def road() -> Road:
+    parts = said(6000, 5), said(2000, 6), said(6000, 7)
+    return travel(SecretKey(bytes([3]) * 32), Small, *parts, epochs=8, learning_rate=1e-2)
+
+
+def test_the_whole_road_on_token_ids() -> None:
+    travelled = road()
+    assert travelled.bare > 0.8
+    assert travelled.bare - travelled.marked < 0.02
+    assert travelled.soft.claim
+    assert travelled.top1.claim
+    assert not travelled.independent.claim
+    assert not travelled.from_bare.claim
 
 
 # ---- Reuters
