@@ -54,8 +54,8 @@ def _binary(watermark: Watermark, key: SecretKey) -> Iterator[tuple[str, bytes]]
 
 
 def found_among_scores(content: bytes, watermark: Watermark, key: SecretKey) -> list[str]:
-    """As `found_in_bytes`, for a text with thousands of scores: there one number is alike by chance, and two in
-    a row are not."""
+    """As `found_in_bytes`, for a text with thousands of scores: one number is alike by chance there, two in a
+    row are not."""
     names = found_in_bytes(content.replace(b", ", b","), watermark, key)
     return [name for name in names if not re.fullmatch(r"[\w.]+ \d+", name)]
 
