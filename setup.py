@@ -2,7 +2,8 @@
 
 Environment, read here only:
 
-HONEYTRACE_NO_EXT=1          no compiled core; the package works on its pure-torch reference
+HONEYTRACE_NO_EXT=1          no compiled core; the package works on its pure-torch reference (as always on
+                             Windows, whose compiler does not take the core's sources)
 HONEYTRACE_CUDA=0|1|auto     CUDA kernels: never; always, an error where they cannot be built, never a CPU
                              build in silence; or (the default) where there are nvcc and an NVIDIA driver
 HONEYTRACE_CUDA_ARCH=...     compute capabilities to build for, joined by commas, such as 8.0,9.0 (the
@@ -281,6 +282,10 @@ def packages() -> Iterator[str]:
 def extensions() -> list[Extension]:
     nvcc = nvcc_to_use()
     if switch("HONEYTRACE_NO_EXT", "0", ("0", "1")) == "1":
+        return []
+    if sys.platform == "win32":
+        # The core needs vector types and builtins of GCC and Clang; MSVC, Python's compiler there, has none.
+        print("honeytrace: no compiled core on Windows; everything runs on plain torch", file=sys.stderr)
         return []
     return [core_extension(), *([cuda_extension()] if nvcc is not None else [])]
 

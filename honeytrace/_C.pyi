@@ -149,7 +149,7 @@ def _ceiling(metric: int, p: float, repeats: int, scores: bool = False) -> int:
     """For benches: the distance kernel's inner loop on operands in the first-level cache, ``repeats`` times.
 
     ``scores``: that of the scores by which l1, l2 and cosine may choose rows first. Gives how many features
-    that were compared, one for each pair.
+    were compared, one for each pair.
     """
 
 def _set_preselection(when: str) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from honeytrace.files import write_private
 
+_DAMAGE = (OSError, ValueError, LookupError, EOFError, AttributeError, TypeError, RuntimeError)
+
 
 class BadInput(ValueError):
     """Something the user named is missing, damaged or of another kind than expected; the message says so."""
@@ -124,16 +126,17 @@ def _arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise BadInput(f"{path} must be an .npz file with arrays inputs and labels")
         with file:
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise BadInput(f"{path} holds something else than arrays")
+        return arrays
     except FileNotFoundError:
         raise BadInput(f"no data at {path}") from None
     except BadInput:
         raise
     except MemoryError:
         raise BadInput(f"{path} asks for more memory than there is") from None
-    except (OSError, ValueError, LookupError, EOFError, AttributeError, TypeError, RuntimeError) as error:
-        raise BadInput(f"{path} is damaged or no .npz file: {_one_line(error)}") from error
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except (*_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{path} is damaged or no .npz file: {_one_line(error)}") from error
 
 

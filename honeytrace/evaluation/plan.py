@@ -178,6 +178,8 @@ class Plan:
             fields = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"plan {name} is no TOML file: {error}") from None
+        except RecursionError:
+            raise ValueError(f"plan {name} is no TOML file: it is nested too deeply") from None
         known = {"data", "seeds", "precision", "alpha", "rows", "columns", "removals"}
         if set(fields) - known:
             raise ValueError(
