@@ -141,6 +141,7 @@ BAD = {
     "truth": (json.dumps({"inputs": [[True] + [0.0] * 23]}).encode(), 422),
     "objects": (json.dumps({"inputs": [[{}] * 24]}).encode(), 422),
     "beyond float32": (json.dumps({"inputs": [[1e39] + [0.0] * 23]}).encode(), 422),
+    "a little beyond float32": (json.dumps({"inputs": [[3.402823466385289e38] * 24]}).encode(), 422),
     "beyond float64": (b'{"inputs": [[1e999' + b", 0" * 23 + b"]]}", 422),
     "beyond int64": (json.dumps({"inputs": [[2**70] + [0] * 23]}).encode(), 422),
     "no finite answer": (json.dumps({"inputs": [[3e38] * 24]}).encode(), 422),
