@@ -17,7 +17,7 @@ TEST_PROCESSES ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help install tools demo test lint evaluate bench test-gpu bench-gpu clean \
-	fuzz-core fuzz-threads fuzz-files fuzz-http soak
+	docs fuzz-core fuzz-threads fuzz-files fuzz-http soak
 
 help:
 	@echo "make demo       protect a classifier, steal it, prove the theft (installs first)"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench      time the kernels against others"
 	@echo "make test-gpu   the tests that need a GPU"
 	@echo "make bench-gpu  the benches that need a GPU"
+	@echo "make docs       pages of the interface, out of the docstrings, in build/api"
 	@echo "make fuzz-core  the core under libFuzzer (needs clang); fuzz-threads: its threads; fuzz-files: readers"
 	@echo "make install    virtual environment in $(VENV), compiled core, what it needs to run"
 	@echo "make tools      on top of it, what tests and checks need"
@@ -88,6 +89,9 @@ bench: tools
 	@found=0; for file in bench/bench_*.py; do test -e "$$file" || continue; found=1; \
 		echo "== $$file"; $(BIN)/python "$$file" || exit 1; done; \
 	test $$found -eq 1 || { echo "there are no benches in bench/" >&2; exit 1; }
+
+docs: tools
+	$(BIN)/python docs/build_api.py build/api
 
 # Long forms; the short ones are tests (tests/test_fuzz.py). FUZZ_SECONDS each, counts in docs/reliability.md.
 FUZZ_SECONDS ?= 900

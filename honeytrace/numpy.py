@@ -84,7 +84,7 @@ class Marker:
             for values in (rule.offsets, rule.scales)
         )
         low, low_power, high, high_power, space, strength, mixing, flip, bins = rule.mixing_numbers
-        self._numbers: _C.Rule = (
+        self._numbers = (
             low,
             low_power,
             high,
