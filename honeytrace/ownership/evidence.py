@@ -338,6 +338,7 @@ def _derive(
         if (
             not isinstance(settings, dict)
             or set(settings) != set(_SETTINGS)
+            or type(settings["stop_at_claim"]) is not bool
             or not isinstance(description, str)
         ):
             raise ValueError("has other settings than it should")
