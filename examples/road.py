@@ -24,7 +24,7 @@ class Task:
     pool: what the attacker asks about. copies: name -> how the attacker trains; each is trained on soft and
         on top-1 labels.
     innocents: name -> a model that never saw a protected answer.
-    budget: accuracy that may be lost.
+    budget: accuracy that may be lost. flip_groups: among how many it is divided.
     """
 
     victim: nn.Module
@@ -37,6 +37,7 @@ class Task:
     copies: dict[str, Recipe]
     innocents: dict[str, nn.Module]
     budget: float = 0.01
+    flip_groups: int = 8
 
 
 def go(task: Task, keys: int) -> None:
@@ -58,6 +59,7 @@ def _once(task: Task, key: ht.SecretKey, loud: bool) -> list[tuple[bool, bool]]:
         task.owned,
         key=key,
         max_accuracy_drop=task.budget,
+        flip_groups=task.flip_groups,
         validation=task.validation,
         trigger_data=task.triggers,
         reference=task.reference,

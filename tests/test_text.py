@@ -189,6 +189,7 @@ def test_hashes_of_inputs_are_exact_and_those_of_numbers_are_what_they_were() ->
     far = torch.tensor([[2**24, 2**40 + 1]])
     assert question_digest(far) != question_digest(far + 1)  # float32 would not tell them apart
     assert question_digest(torch.tensor([[0, 0]])) != question_digest(torch.zeros(1, 2))
+    assert input_bytes(far) != input_bytes(far.view(torch.float32))  # the same bits in memory
     assert input_bytes(far.int() * 0 + 3) == input_bytes(far * 0 + 3)
     targets = {draw_target(KEY, far + n, range(1000)) for n in range(20)}
     assert len(targets) > 10
