@@ -66,7 +66,7 @@ evaluate: tools
 	OMP_NUM_THREADS=1 $(BIN)/honeytrace evaluate $(PLAN) --directory $(EVALUATION)
 
 # Requests by Schemathesis from the server's own description. tests/test_serving_fuzz.py is the short form.
-FUZZ_EXAMPLES ?= 2000
+FUZZ_EXAMPLES ?= 1000
 fuzz-http: tools
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_http.py --examples $(FUZZ_EXAMPLES)
 
