@@ -24,7 +24,7 @@ from harness import Report, Row
 from torch import Tensor
 
 from honeytrace import _C, ops
-from honeytrace.ops.rule import METRICS as CODES
+from honeytrace.rule import METRICS as CODES
 
 try:
     import faiss

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from honeytrace import data, models, training
-from honeytrace.ops.rule import WatermarkRule
+from honeytrace.rule import WatermarkRule
 from honeytrace.watermark import SecretKey, Watermark, calibrate
 
 TRAINING_IMAGES = 6000

@@ -34,7 +34,7 @@ from .language import INTERPRETED, OPTIONS, cdiv, jit, jit_unspecialized, power_
 from .numerics import half_power, is_finite, power
 
 L1, L2, LP, COSINE = 0, 1, 2, 3
-"""Codes of the metrics, as in `honeytrace.ops.rule.METRICS`."""
+"""Codes of the metrics, as in `honeytrace.rule.METRICS`."""
 
 LANES = 16
 """Rows of a panel: element d of row m lies at ((m // 16) * D + d) * 16 + m % 16 (ops/bank.py lays it out)."""

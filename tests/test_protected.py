@@ -15,7 +15,7 @@ from test_head import KINDS, Net, Output
 from torch import nn
 
 from honeytrace.ops import Bank, watermark
-from honeytrace.ops.rule import WatermarkRule
+from honeytrace.rule import WatermarkRule
 from honeytrace.training import seeded
 from honeytrace.watermark import SecretKey
 from honeytrace.watermark.protected import AnswerHook, protect

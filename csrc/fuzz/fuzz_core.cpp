@@ -365,7 +365,16 @@ void fuzz_distance(Bytes& bytes) {
     std::unique_ptr<Distances> of_fused;
     for (const std::string& level : levels()) {
         set_level(level);
+        set_preselection(Preselection::kNever);
         auto found = std::make_unique<Distances>(queries, sizes.batch, held, neighbours);
+        set_preselection(Preselection::kAlways);
+        const Distances chosen(queries, sizes.batch, held, neighbours);
+        for (size_t i = 0; i < found->distance.size(); ++i)
+            REQUIRE(same_bits(found->distance[i], chosen.distance[i]), "%s: %.9g, by scores %.9g", level.c_str(),
+                    double{found->distance[i]}, double{chosen.distance[i]});
+        for (size_t i = 0; i < found->index.size(); ++i)
+            REQUIRE(found->index[i] == chosen.index[i], "%s: row %d, by scores %d", level.c_str(), found->index[i],
+                    chosen.index[i]);
         check_distances(queries, sizes.batch, held, neighbours, *found, level.c_str());
         if (sizes.batch > 0) {
             Exactly<float> alone(sizes.groups);
@@ -431,7 +440,9 @@ struct Steps {
           const Neighbours& neighbours, const Exactly<float>& planes, size_t n_planes, const SimilarityRule& rule,
           const Exactly<float>& targets, const MixingRule& mixing, uint64_t seed)
         : similarity(sizes.batch * sizes.groups), bucket(sizes.batch), answers(logits, sizes.batch, classes) {
+        set_preselection(Preselection::kNever);
         const Distances found(queries, sizes.batch, held, neighbours);
+        set_preselection(Preselection::kAlways);  // of the fused call that this is compared with
         const bool with_confidence = mixing.needs_confidence() || rule.confidence_weight != 0.0f;
         std::vector<float> wide(classes);
         for (size_t i = 0; i < sizes.batch; ++i) {

@@ -21,7 +21,7 @@ from honeytrace.baselines.interface import (
 )
 from honeytrace.data import Split
 from honeytrace.ops import Bank, feature_distance
-from honeytrace.ops.rule import WatermarkRule
+from honeytrace.rule import WatermarkRule
 from honeytrace.training import Precision, Progress
 from honeytrace.watermark.head import features_and_logits, find_head
 from honeytrace.watermark.protected import AnswerHook, protect

@@ -15,7 +15,7 @@ from honeytrace.extraction.outliers import others
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
 from honeytrace.ops import reference
-from honeytrace.ops.rule import WatermarkRule
+from honeytrace.rule import WatermarkRule
 from honeytrace.training import Progress, evaluating, excess_loss, predict
 from honeytrace.watermark.head import find_head
 from honeytrace.watermark.masks import Mask

@@ -6,7 +6,7 @@ from torch import Tensor
 from honeytrace.ops import Bank
 from honeytrace.ops.feature_distance import check_queries, op
 from honeytrace.ops.library import call
-from honeytrace.ops.rule import check_metric
+from honeytrace.rule import check_metric
 
 
 def nearest_rows(queries: Tensor, bank: Bank, *, k: int) -> tuple[Tensor, Tensor]:

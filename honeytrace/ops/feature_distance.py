@@ -18,7 +18,7 @@ from honeytrace.ops.checks import (
     check_tensor,
 )
 from honeytrace.ops.library import call, define, is_plain, kernel
-from honeytrace.ops.rule import METRICS, check_integer, check_metric
+from honeytrace.rule import METRICS, check_integer, check_metric
 
 _BLOCK = 1 << 22  # elements of the largest temporary of the backward pass
 

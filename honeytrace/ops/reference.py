@@ -33,7 +33,7 @@ from honeytrace.ops.checks import (
     check_tensor,
     unsigned_seed,
 )
-from honeytrace.ops.rule import WatermarkRule, check_integer, check_metric, check_rule
+from honeytrace.rule import WatermarkRule, check_integer, check_metric, check_rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from honeytrace.ops import reference
 from honeytrace.ops.checks import unsigned_seed
-from honeytrace.ops.rule import METRICS, SPACES, WatermarkRule
+from honeytrace.rule import METRICS, SPACES, WatermarkRule
 
 
 def unavailable(device_type: str) -> str | None:

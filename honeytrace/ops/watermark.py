@@ -22,8 +22,8 @@ from honeytrace.ops.feature_distance import bank_tensors, check_queries, distanc
 from honeytrace.ops.feature_distance import op as distance_op
 from honeytrace.ops.library import call, define, is_plain, kernel
 from honeytrace.ops.reference import WatermarkOutput, check_planes, check_target_logits
-from honeytrace.ops.rule import METRICS, WatermarkRule, check_rule
 from honeytrace.ops.watermark_mix import mix_backward
+from honeytrace.rule import METRICS, WatermarkRule, check_rule
 
 
 def watermark(

@@ -11,7 +11,7 @@ from torch import Tensor
 from honeytrace.ops.checks import KERNEL_DTYPES, check_seed
 from honeytrace.ops.library import call, define, is_plain, kernel
 from honeytrace.ops.reference import check_mix
-from honeytrace.ops.rule import WatermarkRule, check_rule
+from honeytrace.rule import WatermarkRule, check_rule
 
 
 def watermark_mix(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from honeytrace.ops import Bank
-from honeytrace.ops.rule import WatermarkRule, check_integer, check_number
+from honeytrace.rule import WatermarkRule, check_integer, check_number
 from honeytrace.training import Progress, predict
 from honeytrace.watermark.cost import Cost, cost_on
 from honeytrace.watermark.groups import TriggerGroup, candidates_of, draw_target

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from honeytrace.ops import Bank, WatermarkOutput, watermark
-from honeytrace.ops.rule import WatermarkRule
+from honeytrace.rule import WatermarkRule
 from honeytrace.watermark.head import Head, get_head, sizes_of
 
 Answers = Literal["logits", "probabilities", "labels"]

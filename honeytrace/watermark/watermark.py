@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from honeytrace.files import write_private
 from honeytrace.ops import Bank, WatermarkOutput
 from honeytrace.ops import watermark as watermark_op
-from honeytrace.ops.rule import WatermarkRule
 from honeytrace.ownership.ladder import LADDERS, STEPS
+from honeytrace.rule import WatermarkRule
 from honeytrace.training import Progress
 from honeytrace.watermark import artifact
 from honeytrace.watermark.artifact import ArtifactError
