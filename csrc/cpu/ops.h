@@ -36,7 +36,8 @@ struct Bank {
     const float* half_sums_of(size_t group) const { return by_row_of(groups) + group * lanes(); }
     const float* half_squares_of(size_t group) const { return half_sums_of(groups) + group * lanes(); }
     const float* norms_of(size_t group) const { return norms + group * lanes(); }
-    size_t packed_floats() const { return static_cast<size_t>(half_squares_of(groups) - packed); }
+    // The length of `packed`.
+    size_t packed_floats() const { return groups * (features + 2 * lanes() * (features + 1)); }
 };
 
 struct Neighbours {
