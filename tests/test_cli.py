@@ -187,7 +187,7 @@ EXTRACT = "extract --model service.py:victim --surrogate service.py:surrogate --
         ("protect --data pickled.npz --key owner.key --model service.py:victim", "damaged or no .npz"),
         ("protect --data unnamed.npz --key owner.key --model service.py:victim", "an array named inputs"),
         ("protect --data bare.npz --key owner.key --model service.py:victim", "an array named labels"),
-        ("protect --data whole.npz --key owner.key --model service.py:victim", "must be floating point"),
+        ("protect --data whole.npz --key owner.key --model service.py:victim", "model must take token ids"),
         ("protect --data odd.npz --key owner.key --model service.py:victim", "labels must be integers"),
         ("protect --data owner.npz --key junk --model service.py:victim", "junk"),
         ("protect --data owner.npz --key none.key --model service.py:victim", "none.key"),

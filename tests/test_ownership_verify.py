@@ -353,6 +353,17 @@ def test_bad_arguments_are_refused_before_a_question_is_asked(arguments, message
     assert not asked
 
 
+@pytest.mark.parametrize("alpha", [1.5, 2.0, -1e-3])
+def test_alpha_is_checked_before_marks_share_it(alpha):
+    """Half of 1.5 is a probability, and would claim against anybody."""
+    watermark, asked = make_watermark(), []
+    for index, group in enumerate(watermark.groups):
+        object.__setattr__(group, "mark", "flip" if index < 4 else "graded")
+    with pytest.raises(ValueError, match=f"alpha must be between 0 and 1, got {alpha}"):
+        verify(record(innocent, asked), watermark, KEY, alpha=alpha)
+    assert not asked
+
+
 def test_the_wrong_key_is_refused_before_a_question_is_asked():
     asked: list[Tensor] = []
     with pytest.raises(ValueError, match="key does not belong"):

@@ -15,7 +15,7 @@ import numpy as np
 
 from honeytrace.ownership.calibrator import DEFAULT_CALIBRATOR, Calibrator
 from honeytrace.ownership.rank_test import add_group, lattice_steps, upper_tail
-from honeytrace.ownership.sequential import _ROUNDING, RULES, Rule, spending
+from honeytrace.ownership.sequential import _ROUNDING, RULES, Rule, check_alpha, spending
 
 
 def plan(
@@ -45,8 +45,7 @@ def plan(
         ValueError: a number out of range, or lists whose length is not `groups`.
     """
     sizes, chances = _expand(groups, candidates, p_first)
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+    check_alpha(alpha)
     if rule not in RULES:
         raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
     budgets = spending(alpha, groups)

@@ -71,6 +71,12 @@ def spending(alpha: float, groups: int) -> list[float]:
     return [alpha * ((g + 1) / groups) ** SPENDING_POWER for g in range(groups)]
 
 
+def check_alpha(alpha: float) -> None:
+    """Raises ValueError for a false-claim probability that is not strictly between 0 and 1."""
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+
+
 @dataclass(frozen=True)
 class Look:
     """The state after a group.
@@ -114,8 +120,7 @@ class SequentialTest:
     _claimed: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
+        check_alpha(self.alpha)
         if self.groups < 1:
             raise ValueError(f"groups must be at least 1, got {self.groups}")
         if self.rule not in RULES:

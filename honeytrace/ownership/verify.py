@@ -26,7 +26,7 @@ from honeytrace.ownership.calibrator import DEFAULT_CALIBRATOR
 from honeytrace.ownership.power import smallest_p_value
 from honeytrace.ownership.rank_test import exact_p_value, target_rank
 from honeytrace.ownership.scores import SCORE_NOISE, score_labels, score_probabilities
-from honeytrace.ownership.sequential import Rule, SequentialTest
+from honeytrace.ownership.sequential import Rule, SequentialTest, check_alpha
 from honeytrace.ownership.suspect import Suspect, ask, keyed_order, quiet
 from honeytrace.ownership.t_test import TTest, t_test
 from honeytrace.ownership.verdict import GroupRecord, Verdict
@@ -144,6 +144,7 @@ def verify(
             impossible shape or change between scores and labels, or a group has fewer than 3 candidates.
     """
     _check_arguments(suspect, answers, scores_are, batch_size, triggers)
+    check_alpha(alpha)  # before it is shared among the marks: half of 1.5 would pass
     watermark.opened(key)
     most = getattr(watermark, "questions_per_group", None) if triggers is None else triggers
     groups = [
