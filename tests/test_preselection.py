@@ -178,6 +178,21 @@ def test_queries_of_every_kind_in_one_block(rng, metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_queries_that_change_places(rng, metric):
+    """Those that scores cannot take go first, the others lie in any order; each gets its own distance.
+
+    Found by fuzzing: four in a list, the first and the last of them three apart, were taken for neighbours.
+    """
+    rows = normal(rng, 1, 100, 8)
+    for _ in range(40):
+        features = normal(rng, 64, 8)
+        features[rng.random(64) < 0.3] *= np.float32(1e-30)
+        features[rng.random(64) < 0.1] *= np.float32(1e35)
+        decided = same_both_ways(metric, features, rows, 5)
+        assert 0 < decided <= 64
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_watermark_says_the_same(rng, metric):
     """Offsets in the midst of the distances: some queries are proven far, some are looked at and go on."""
     features, rows = normal(rng, 70, 200), normal(rng, 2, 150, 200)

@@ -267,7 +267,9 @@ HT_INLINE void pack_queries(const DistanceTask& task, const Pass& pass, size_t* 
     for (; *next + QT <= pass.count; *next += QT) {
         const uint32_t* queries = pass.queries + *next;
         float* out = task.tiles + *next * (pass.end - pass.begin);
-        const bool adjacent = queries[QT - 1] - queries[0] == QT - 1;
+        // One by one: a list may be in any order.
+        bool adjacent = true;
+        for (int q = 1; q < QT; ++q) adjacent = adjacent && queries[q] == queries[0] + static_cast<uint32_t>(q);
         for (size_t d = pass.begin; d < pass.end; ++d, out += QT) {
             const float* feature = task.transposed + static_cast<size_t>(task.order[d]) * task.batch;
             if (adjacent) {

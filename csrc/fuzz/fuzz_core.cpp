@@ -370,8 +370,10 @@ void fuzz_distance(Bytes& bytes) {
         set_preselection(Preselection::kAlways);
         const Distances chosen(queries, sizes.batch, held, neighbours);
         for (size_t i = 0; i < found->distance.size(); ++i)
-            REQUIRE(same_bits(found->distance[i], chosen.distance[i]), "%s: %.9g, by scores %.9g", level.c_str(),
-                    double{found->distance[i]}, double{chosen.distance[i]});
+            REQUIRE(same_bits(found->distance[i], chosen.distance[i]),
+                    "%s: metric %d k %zu (%zu, %zu, %zu, %zu) at %zu: %.9g, by scores %.9g", level.c_str(),
+                    static_cast<int>(neighbours.metric), neighbours.k, sizes.batch, sizes.groups, sizes.rows,
+                    sizes.features, i, double{found->distance[i]}, double{chosen.distance[i]});
         for (size_t i = 0; i < found->index.size(); ++i)
             REQUIRE(found->index[i] == chosen.index[i], "%s: row %d, by scores %d", level.c_str(), found->index[i],
                     chosen.index[i]);
