@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from honeytrace.rule import WatermarkRule, check_integer, check_rule
+from honeytrace.rule import WatermarkRule, check_integer, check_rule, core_rule
 from honeytrace.watermark import artifact
 from honeytrace.watermark.artifact import ArtifactError
 
@@ -83,18 +83,7 @@ class Marker:
             np.array(values if len(values) == groups else values * groups, np.float32)
             for values in (rule.offsets, rule.scales)
         )
-        low, low_power, high, high_power, space, strength, mixing, flip, bins = rule.mixing_numbers
-        self._numbers = (
-            low,
-            low_power,
-            high,
-            high_power,
-            int(space),
-            strength,
-            mixing,
-            flip,
-            int(bins),
-        )
+        self._numbers = core_rule(rule.mixing_numbers)
         self._packed = np.empty(_C.packed_size(groups, size, width), np.float32)
         self._norms = np.empty((groups, -(-size // _C.LANES) * _C.LANES), np.float32)
         _C.pack_bank(bank.ctypes.data, groups, size, width, self._packed.ctypes.data, self._norms.ctypes.data)

@@ -252,3 +252,21 @@ def check_rule(rule: object) -> None:
     """TypeError unless `rule` is a `WatermarkRule`."""
     if not isinstance(rule, WatermarkRule):
         raise TypeError(f"rule must be a WatermarkRule, got {type(rule).__name__}")
+
+
+def core_rule(
+    numbers: tuple[float, ...],
+) -> tuple[float, float, float, float, int, float, float, float, int]:
+    """The numbers of `WatermarkRule.mixing_numbers` as the compiled core wants them: ints where ints are."""
+    low_confidence, low_power, high_confidence, high_power, space, strength, mixing, flip, bins = numbers
+    return (
+        low_confidence,
+        low_power,
+        high_confidence,
+        high_power,
+        int(space),
+        strength,
+        mixing,
+        flip,
+        int(bins),
+    )

@@ -18,6 +18,7 @@ from honeytrace import _C
 from honeytrace.ops import reference_backend
 from honeytrace.ops.bank import pack
 from honeytrace.ops.checks import unsigned_seed
+from honeytrace.rule import core_rule
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -63,21 +64,7 @@ def _vector(values: tuple[float, ...], groups: int) -> Tensor:
     return torch.tensor(values if len(values) == groups else values * groups, dtype=_float32, device="cpu")
 
 
-@functools.lru_cache(maxsize=64)
-def _rule(numbers: tuple[float, ...]) -> _C.Rule:
-    """The numbers of `WatermarkRule.mixing_numbers` as the core wants them: space and flip_bins as int."""
-    low_confidence, low_power, high_confidence, high_power, space, strength, mixing, flip, bins = numbers
-    return (
-        low_confidence,
-        low_power,
-        high_confidence,
-        high_power,
-        int(space),
-        strength,
-        mixing,
-        flip,
-        int(bins),
-    )
+_rule = functools.lru_cache(maxsize=64)(core_rule)
 
 
 def feature_distance(
