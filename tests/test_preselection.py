@@ -162,6 +162,20 @@ def test_every_range(rng, metric, scale):
     assert decided == 6 or scale not in (1e-8, 1e12)
 
 
+@pytest.mark.parametrize("metric", ["l1", "l2"])
+@pytest.mark.parametrize("flush", [False, True])
+def test_features_whose_squares_vanish(rng, metric, flush):
+    """A margin from norms that underflow has taken away would prove too much: nobody asks for scores."""
+    torch = pytest.importorskip("torch")
+    features, rows = (normal(rng, *shape) * np.float32(2.0**-64) for shape in ((8, 512), (1, 100, 512)))
+    if flush and not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        assert same_both_ways(metric, features, rows, 5) == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_queries_of_every_kind_in_one_block(rng, metric):
     """Ordinary ones, zeros, NaN, infinite, huge, tiny: each is what it is alone."""

@@ -262,7 +262,7 @@ inline uint64_t ceiling_kernel(Metric metric, double p, uint64_t repeats) {
 
 // The same of the scores; for the metrics that have them.
 inline uint64_t score_ceiling_kernel(Metric metric, uint64_t repeats) {
-    return metric == Metric::kL1 ? ceiling_of(L1Score{}, repeats) : ceiling_of(L2Score{}, repeats);
+    return metric == Metric::kL1 ? ceiling_of(Score<L1>{}, repeats) : ceiling_of(Score<L2>{}, repeats);
 }
 
 }  // namespace honeytrace::HONEYTRACE_LEVEL

@@ -22,14 +22,23 @@
 
 namespace honeytrace::HONEYTRACE_LEVEL {
 
-// Outside this range of s, terms or squares may be lost to underflow or overflow.
-constexpr float kSmallestScale = 0x1p-60f;
-constexpr float kLargestScale = 0x1p100f;
+// The range of |q| + max |b|: within it neither a score nor the squares that |q| is made of lose to underflow what the
+// margin could notice, even where subnormal numbers are flushed (2^-126 a term); nor does a sum overflow.
+constexpr float kSmallestReach = 0x1p-30f;
+constexpr float kLargestReach = 0x1p50f;
 
 // A candidate list that is given up: too many rows are too near to one another.
 constexpr uint32_t kGivenUp = ~0u;
 
-struct L2Score {
+// The score that goes with a metric. Metrics without one are computed in full.
+template <class M>
+struct Score {
+    static constexpr bool kExists = false;
+};
+
+template <>
+struct Score<L2> {
+    static constexpr bool kExists = true;
     static constexpr bool kCosine = false;  // the rows come as they are
     template <class V>
     HT_INLINE V accumulate(Spread q, V b, V sum) const {
@@ -38,21 +47,22 @@ struct L2Score {
     HT_INLINE Lanes score(const DistanceTask& task, Lanes sum, size_t panel) const {
         return sub(load(task.half_squares + panel * kLanes), sum);
     }
-    static HT_INLINE float scale(float norm, float largest_norm, float) {
-        return (norm + largest_norm) * (norm + largest_norm);
-    }
+    static HT_INLINE float scale(float reach, float) { return reach * reach; }
     static HT_INLINE float shift(float, float square) { return 0.5f * square; }
 };
 
-struct CosineScore : L2Score {
+template <>
+struct Score<Cosine> : Score<L2> {
     HT_INLINE Lanes score(const DistanceTask& task, Lanes sum, size_t panel) const {
         return sub(fill(0.0f), mul(sum, inverse_norms_of(task.norms + panel * kLanes)));
     }
-    static HT_INLINE float scale(float, float, float) { return 4.0f; }
+    static HT_INLINE float scale(float, float) { return 4.0f; }
     static HT_INLINE float shift(float, float) { return 1.0f; }
 };
 
-struct L1Score {
+template <>
+struct Score<L1> {
+    static constexpr bool kExists = true;
     static constexpr bool kCosine = false;
     template <class V>
     HT_INLINE V accumulate(Spread q, V b, V sum) const {
@@ -61,23 +71,9 @@ struct L1Score {
     HT_INLINE Lanes score(const DistanceTask& task, Lanes sum, size_t panel) const {
         return sub(sum, load(task.half_sums + panel * kLanes));
     }
-    static HT_INLINE float scale(float norm, float largest_norm, float features) {
-        return (norm + largest_norm) * __builtin_sqrtf(features);
-    }
+    static HT_INLINE float scale(float reach, float features) { return reach * __builtin_sqrtf(features); }
     static HT_INLINE float shift(float sum, float) { return -0.5f * sum; }
 };
-
-template <class M>
-constexpr bool kHasScore = false;
-template <>
-constexpr bool kHasScore<L1> = true;
-template <>
-constexpr bool kHasScore<L2> = true;
-template <>
-constexpr bool kHasScore<Cosine> = true;
-inline L1Score score_of(const L1&) { return {}; }
-inline L2Score score_of(const L2&) { return {}; }
-inline CosineScore score_of(const Cosine&) { return {}; }
 
 // Keeps the candidates that the k-th smallest score so far leaves open, or gives the query up.
 inline __attribute__((noinline)) void drop_candidates(const DistanceTask& task, size_t query) {
@@ -93,9 +89,9 @@ inline __attribute__((noinline)) void drop_candidates(const DistanceTask& task, 
 }
 
 // What a pass of scores does with its sums: the shifted scores, which are not negative, take the place of distances.
-template <class S>
-HT_INLINE void offer_scores(const S& scores, const DistanceTask& task, Lanes sum, size_t query, size_t panel) {
-    const Lanes score = maximum(add(scores.score(task, sum, panel), fill(task.scores.shift[query])), fill(0.0f));
+template <class M>
+HT_INLINE void offer_sums(const Score<M>& kind, const DistanceTask& task, Lanes sum, size_t query, size_t panel) {
+    const Lanes score = maximum(add(kind.score(task, sum, panel), fill(task.scores.shift[query])), fill(0.0f));
     const size_t left = task.rows - panel * kLanes;
     uint32_t open = ~bits(less(fill(task.beyond[query]), score)) & (left < kLanes ? (1u << left) - 1 : kAllLanes);
     if (open == 0) return;
@@ -116,15 +112,6 @@ HT_INLINE void offer_scores(const S& scores, const DistanceTask& task, Lanes sum
     }
     task.scores.count[query] = count;
     if (is_full(smallest)) task.beyond[query] = bound_of(smallest) + 2.0f * task.scores.margin[query];
-}
-HT_INLINE void offer_sums(const L1Score& s, const DistanceTask& task, Lanes sum, size_t query, size_t panel) {
-    offer_scores(s, task, sum, query, panel);
-}
-HT_INLINE void offer_sums(const L2Score& s, const DistanceTask& task, Lanes sum, size_t query, size_t panel) {
-    offer_scores(s, task, sum, query, panel);
-}
-HT_INLINE void offer_sums(const CosineScore& s, const DistanceTask& task, Lanes sum, size_t query, size_t panel) {
-    offer_scores(s, task, sum, query, panel);
 }
 
 typedef float Four __attribute__((vector_size(16), aligned(4)));
@@ -193,9 +180,8 @@ void take_nearest(const M& metric, const DistanceTask& task, size_t query) {
 
 // Sets up the scores of a query; false where its range or the group's does not allow them.
 template <class M>
-bool start_scores(const M& metric, const DistanceTask& task, size_t query, float largest_norm) {
+bool start_scores(const DistanceTask& task, size_t query, float largest_norm) {
     if (M::kCosine && !task.nonzero[query]) return false;
-    const auto scores = score_of(metric);
     const float* row = task.queries + query * task.query_stride;
     const size_t whole = task.features - task.features % kLanes;
     const Lanes rest = load_part(row + whole, task.features - whole, 0.0f);
@@ -206,14 +192,14 @@ bool start_scores(const M& metric, const DistanceTask& task, size_t query, float
         squares = fma(value, value, squares);
     }
     const float features = static_cast<float>(task.features), square = sum_lanes(squares);
-    // What these sums have lost of the norm is less than this.
-    const float norm = __builtin_sqrtf(square) * 1.01f;
-    const float scale = scores.scale(norm, largest_norm, features);
-    if (!(scale > kSmallestScale && scale < kLargestScale)) return false;
+    // Rounding takes less than this from the norm.
+    const float reach = __builtin_sqrtf(square) * 1.01f + largest_norm;
+    if (!(reach > kSmallestReach && reach < kLargestReach)) return false;
+    const float scale = Score<M>::scale(reach, features);
     const float terms = (features < kFeatureBlock ? features : kFeatureBlock) + features / kFeatureBlock;
     task.scores.margin[query] = 2.0f * (terms + 16.0f) * 0x1p-24f * scale;
     // Large enough that no score is below 0: the sums above may have lost a thousandth.
-    task.scores.shift[query] = scores.shift(sum_lanes(sums), square) + 0x1p-10f * scale;
+    task.scores.shift[query] = Score<M>::shift(sum_lanes(sums), square) + 0x1p-10f * scale;
     task.scores.count[query] = 0;
     start_query(task, query);
     return true;
@@ -223,7 +209,7 @@ bool start_scores(const M& metric, const DistanceTask& task, size_t query, float
 // list; returns how many are left before them, to be computed in full.
 template <class M>
 size_t preselect(const M& metric, const DistanceTask& task, uint32_t* queries, size_t count) {
-    if constexpr (kHasScore<M>) {
+    if constexpr (Score<M>::kExists) {
         if (task.by_row == nullptr || task.every_row || !can_preselect(count, task.rows, task.k)) return count;
         float largest_norm = 0.0f;
         uint32_t unusual = 0;
@@ -233,27 +219,21 @@ size_t preselect(const M& metric, const DistanceTask& task, uint32_t* queries, s
             unusual |= lanes_of<M>(task, panel).unusual;
         }
         if (unusual != 0) return count;
-        // Those in full come first.
-        const auto part = [&](size_t end, const auto& in_full) {
-            size_t first = 0;
-            for (size_t i = 0; i < end; ++i) {
-                const uint32_t query = queries[i];
-                if (!in_full(query)) continue;
-                queries[i] = queries[first];
-                queries[first++] = query;
-            }
-            return first;
-        };
-        size_t left = part(count, [&](uint32_t query) { return !start_scores(metric, task, query, largest_norm); });
-        run_pass(score_of(metric), task, {queries + left, count - left, 0, task.features});
-        for (size_t i = left; i < count; ++i) {
-            if (task.scores.count[queries[i]] != kGivenUp) {
-                take_nearest(metric, task, queries[i]);
-                continue;
-            }
-            const uint32_t given_up = queries[i];
+        size_t left = 0;
+        const auto leave = [&](size_t i) {
+            const uint32_t query = queries[i];
             queries[i] = queries[left];
-            queries[left++] = given_up;
+            queries[left++] = query;
+        };
+        for (size_t i = 0; i < count; ++i)
+            if (!start_scores<M>(task, queries[i], largest_norm)) leave(i);
+        run_pass(Score<M>{}, task, {queries + left, count - left, 0, task.features});
+        for (size_t i = left; i < count; ++i) {
+            if (task.scores.count[queries[i]] == kGivenUp) {
+                leave(i);
+            } else {
+                take_nearest(metric, task, queries[i]);
+            }
         }
         *task.scores.decided += count - left;
         return left;
