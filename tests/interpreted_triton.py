@@ -58,14 +58,14 @@ def nearest(q, b, k, metric, p=None, path="tile", parts=2, **extra):
 
 
 class TestTriton(OpContract):
-    distance_sizes = ((5, 2, 21, 19, 4),)
+    distance_sizes = ((5, 2, 17, 17, 4),)
     neighbour_sizes = ((2, 1, 2, 1), (2, 5, 2, 5), (2, 17, 2, 16), (2, 70, 2, 65))
-    magnitude_sizes = ((3, 18, 9),)
-    near_row_sizes = ((2, 2, 20, 40),)
-    broken_query_sizes = ((3, 2, 18, 5, 4),)
+    magnitude_sizes = ((2, 17, 5),)
+    near_row_sizes = ((2, 1, 17, 18),)
+    broken_query_sizes = ((2, 1, 17, 5, 4),)
     tie_sizes = ((2, 50),)
     zero_norm_sizes = ((3, 18, 8, 18), (3, 18, 8, 4))
-    half_feature_sizes = ((3, 1, 18, 8, 3),)
+    half_feature_sizes = ((2, 1, 17, 5, 3),)
     gradient_sizes = ((3, 2, 9, 7, 2),)
     hash_sizes = ((1, 1, 1), (5, 70, 64), (3, 33, 63))
     mixing_sizes = ((1, 1, 1), (7, 3, 10), (3, 5, 100))

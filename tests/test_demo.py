@@ -28,6 +28,12 @@ def result() -> demo.DemoResult:
     return demo.run("digits", key=SecretKey(SECRET))
 
 
+def test_the_groups_are_known_to_whoever_spreads_the_tests(request):
+    """Or each process walks this road, compiles the kernels and starts Ray: twice the time, in silence."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@demo")
+
+
 @pytest.mark.slow
 def test_copies_are_claimed_and_innocents_are_not(result):
     claimed = {(s.name, s.made_from): s.by_scores.claim for s in result.suspects}

@@ -81,7 +81,7 @@ def test_a_copy_that_carries_one_mark_only_is_claimed():
 @pytest.mark.parametrize("stop_at_claim", [True, False])
 def test_innocents_are_claimed_no_more_often_than_alpha(rule, stop_at_claim):
     rng = np.random.default_rng(2)
-    alpha, tries, claims, e_values = 0.1, 600, 0, []
+    alpha, tries, claims, e_values = 0.1, 300, 0, []
     for _ in range(tries):
         wm = watermark("ssffff", rng)
         verdict = verify(

@@ -21,6 +21,8 @@ pytest.importorskip("litserve", reason="the extra 'litserve' is not installed")
 
 from served import ask, request, until
 
+# One process: the server is started once.
+pytestmark = pytest.mark.xdist_group("litserve")
 HERE = Path(__file__).resolve().parent
 SCRIPT = """
 import sys

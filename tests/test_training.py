@@ -50,6 +50,17 @@ def test_learns_labels_and_probabilities(
     assert history.accuracy[-1] > 0.95
 
 
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"avx512_bf16": False, "avx2": True}, "float32"), ({}, "float32")],
+)
+def test_the_fastest_precision_is_what_the_processor_multiplies(monkeypatch, processor, expected) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    assert training.fastest_precision() == expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert training.fastest_precision() == "float32"
+
+
 def test_bfloat16_learns_in_half_precision_with_weights_and_updates_in_float32(
     images: tuple[Tensor, Tensor],
 ) -> None:

@@ -54,18 +54,20 @@ def run_cell(
         progress: told of the long trainings.
 
     Returns:
-        ``status`` "done" with all figures, or "not applicable" with the ``reason``; ``seconds``.
+        ``status`` "done" with all figures, or "not applicable" with the ``reason``; the ``precision`` of the
+        trainings; ``seconds``.
 
     Raises:
         MissingDataset: the data is not on this machine. Whatever attack, defence and removal raise.
     """
     began = time.perf_counter()
-    bench = _bench(cell.data, cell.seed, cell.precision, str(directory))
+    precision = training.fastest_precision() if cell.precision == "fastest" else cell.precision
+    bench = _bench(cell.data, cell.seed, precision, str(directory))
     try:
         found = _figures(bench, cell, progress)
     except NotApplicable as error:
         found = {"status": "not applicable", "reason": str(error)}
-    return {**found, "seconds": round(time.perf_counter() - began, 1)}
+    return {**found, "precision": precision, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def evaluation_key(seed: int) -> SecretKey:

@@ -23,16 +23,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import honeytrace
-from honeytrace.training import Precision
 from honeytrace.world import SETTINGS, DataName
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # the same module, before it came with Python
+
+AnyPrecision: TypeAlias = Literal["float32", "bfloat16", "fastest"]
 
 BUILT_IN = ("digits", "digits-small", "fashion")
 """Plans that come with the package."""
@@ -43,14 +44,14 @@ class Cell:
     """One defence, one attack, perhaps one removal, one seed: what `run_cell` needs, and nothing else.
 
     Attributes:
-        data, precision, alpha: as in the plan.
+        data, precision, alpha: as in the plan. What "fastest" was on the machine is among the figures.
         row, column, removal: names; removal is "" where the copy is judged as the attack left it.
         seed: of the world, the defence, the attack and the removal.
         row_settings, column_settings, removal_settings: the functions' names and settings, as JSON values.
     """
 
     data: DataName
-    precision: Precision
+    precision: AnyPrecision
     alpha: float
     row: str
     column: str
@@ -90,7 +91,7 @@ class Plan:
         name: of the plan.
         data: "digits" or "fashion".
         seeds: one world each.
-        precision: of all trainings.
+        precision: of all trainings; "fastest" is bfloat16 on machines that have it, float32 on others.
         alpha: false-claim probability of the verdicts.
         rows, columns, removals: name -> settings, in the order of the tables.
         attacks: all columns that removals may speak of, also those that are not run themselves.
@@ -99,7 +100,7 @@ class Plan:
     name: str
     data: DataName
     seeds: tuple[int, ...]
-    precision: Precision
+    precision: AnyPrecision
     alpha: float
     rows: Mapping[str, dict[str, Any]]
     columns: Mapping[str, dict[str, Any]]
@@ -198,8 +199,9 @@ class Plan:
                 f"plan {name}: seeds must be a list of integers from 0 to 2**31 - 1, got {seeds!r}"
             )
         precision, alpha = fields.get("precision", "float32"), fields.get("alpha", 1e-3)
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"plan {name}: precision must be float32 or bfloat16, got {precision!r}")
+        if precision not in get_args(AnyPrecision):
+            allowed = ", ".join(get_args(AnyPrecision))
+            raise ValueError(f"plan {name}: precision must be one of {allowed}, got {precision!r}")
         if not isinstance(alpha, float) or not 0 < alpha < 1:
             raise ValueError(f"plan {name}: alpha must be in (0, 1), got {alpha!r}")
         removals = fields.get("removals", {})

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from honeytrace.evaluation.plan import Plan
 from honeytrace.evaluation.plots import plots
@@ -85,8 +84,10 @@ def _told(plan: Plan, results: Sequence[Result]) -> str:
         status: sum(r["status"] == status for r in results) for status in ("done", "not applicable", "failed")
     }
     whole = sum(1 for _ in plan.cells())
-    machine: dict[str, Any] = next((r["made_with"] for r in results if "made_with" in r), {})
-    where = ", ".join(f"{name} {value}" for name, value in sorted(machine.items()))
+    made = [{**r["made_with"], "precision": r["precision"]} for r in results if "made_with" in r]
+    names = sorted(set().union(*made))
+    values = {name: sorted({str(m[name]) for m in made if name in m}) for name in names}
+    where = ", ".join(f"{name} {' and '.join(found)}" for name, found in values.items())
     return (
         f"Data {plan.data}; {len(plan.seeds)} seed(s); level {plan.alpha:g}; "
         f"{counts['done']} of {whole} cells done, "
