@@ -26,8 +26,8 @@ def chance_longer(a: np.ndarray, b: np.ndarray) -> float:
     return float((a[:, None] > b).mean() + (a[:, None] == b).mean() / 2)
 
 
-def medians(marker: Marker, features: np.ndarray, logits: np.ndarray, constant_time: bool) -> np.ndarray:
-    """Of each query's times, asked alone, in an order that is new in each round.
+def times_of(marker: Marker, features: np.ndarray, logits: np.ndarray, constant_time: bool) -> np.ndarray:
+    """[rounds, queries], each query asked alone, in an order that is new in each round.
 
     All are asked from one place in memory: where a row lies can take longer, too, than a row beside it.
     """
@@ -39,7 +39,7 @@ def medians(marker: Marker, features: np.ndarray, logits: np.ndarray, constant_t
             start = time.perf_counter()
             marker.mark(asked, bare, constant_time=constant_time)
             times[repeat, query] = time.perf_counter() - start
-    return np.median(times[5:], axis=0)
+    return times[5:]
 
 
 @pytest.mark.perf
@@ -59,9 +59,12 @@ def test_time_tells_bent_answers_from_others_only_without_constant_time(flip_bin
     assert bent[:QUERIES].all()
     assert not bent[QUERIES:].any()
 
-    usual = medians(marker, features, logits, constant_time=False)
-    assert chance_longer(usual[bent], usual[~bent]) > 0.9  # the instrument sees what there is to see
-    even = medians(marker, features, logits, constant_time=True)
-    # By chance alone 0.5 +- 0.053.
-    assert 0.3 < chance_longer(even[bent], even[~bent]) < 0.7
-    assert abs(np.median(even[bent]) / np.median(even[~bent]) - 1) < 0.02
+    # What one question tells. The median of a query's 55 times tells more, also of what is not the kernel's:
+    # differences of a thousandth come and go, and two queries of one kind show them as well.
+    usual = times_of(marker, features, logits, constant_time=False)
+    seen = chance_longer(usual[:, bent].ravel(), usual[:, ~bent].ravel())
+    assert seen > 0.75  # the instrument sees what there is to see
+    even = times_of(marker, features, logits, constant_time=True)
+    assert 0.45 < chance_longer(even[:, bent].ravel(), even[:, ~bent].ravel()) < 0.55
+    medians = np.median(even, axis=0)
+    assert abs(np.median(medians[bent]) / np.median(medians[~bent]) - 1) < 0.01
