@@ -540,8 +540,9 @@ def test_five_classes_are_enough():
 @pytest.mark.parametrize("count", [1, 2, 50, 599])
 def test_too_little_data(count):
     x, y = blobs().train
-    with pytest.raises(ValueError, match="data must hold at least 600 samples for 6 groups"):
+    with pytest.raises(ValueError, match="data must hold at least 600 samples for 6 groups") as refused:
         calibrate_with(data=(x[:count], y[:count]))
+    assert f"at most {count * 4 // 5 // 80} groups" in str(refused.value)
 
 
 def test_just_enough_data():
@@ -651,8 +652,14 @@ def test_other_fields_are_no_summary(change):
 
 
 def test_warnings_where_nothing_can_be_promised():
-    quiet = mark(max_accuracy_drop=0.0).summary.warnings()
-    assert any("no flip mark: nothing is promised against attackers who use labels only" in w for w in quiet)
+    unpaid = mark(max_accuracy_drop=0.0)
+    assert {group.mark for group in unpaid.groups} == {"graded"}  # the others would take half of alpha
+    assert unpaid.rule.flip_bins == 0
+    expected = (
+        "no flip mark (left out, or dearer than the accuracy budget): nothing is promised against attackers who "
+        "use labels only"
+    )
+    assert expected in unpaid.summary.warnings()
     few = marked().summary.warnings()
     assert any("even a perfect copy would only reach p = 0.0039, not 0.001" in w for w in few)
     assert "warning" in str(marked().summary)

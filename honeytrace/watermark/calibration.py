@@ -154,9 +154,11 @@ def calibrate(
     groups = graded_groups + (flip_groups if flips else 0)
     least = math.ceil(80 * groups / (1 - _KEPT_BACK if trigger_data is None else 1))
     if len(inputs) < least:
+        fitting = int(len(inputs) * (1 - _KEPT_BACK if trigger_data is None else 1)) // 80
         raise ValueError(
             f"data must hold at least {least} samples for {groups} groups, 80 for each"
-            f"{' besides those kept back for triggers' if trigger_data is None else ''}, got {len(inputs)}"
+            f"{' besides those kept back for triggers' if trigger_data is None else ''}, got {len(inputs)}: "
+            f"give more, or at most {fitting} groups (graded_groups={graded_groups}, flip_groups={flip_groups})"
         )
     owner = look(
         model, name, inputs, labels, batch_size=batch_size, progress=progress, text="reading the data"
@@ -226,7 +228,8 @@ def calibrate(
     watermark = parts.build(strength, share)
     watermark.summary = _summarise(parts, checked, watermark, strength, share, max_accuracy_drop)
     report(4, 4, "done")
-    return watermark
+    # Flip groups that bend nothing would take their questions and half of alpha all the same.
+    return watermark if share > 0 or not flipped else watermark.without_flips()
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,9 @@ class Summary:
             ("flip", "attackers who use labels only"),
         ):
             groups = self.of("graded" if mark == "graded" else "flip")
-            if not groups or (mark == "flip" and self.flipped == 0):
-                found.append(f"no {mark} mark: nothing is promised against {attackers}")
+            if not groups:
+                why = " (left out, or dearer than the accuracy budget)" if mark == "flip" else ""
+                found.append(f"no {mark} mark{why}: nothing is promised against {attackers}")
                 continue
             best = min(1.0, parts * smallest_p_value([group.candidates for group in groups]))
             if best > alpha:
