@@ -656,8 +656,8 @@ def test_warnings_where_nothing_can_be_promised():
     assert {group.mark for group in unpaid.groups} == {"graded"}  # the others would take half of alpha
     assert unpaid.rule.flip_bins == 0
     expected = (
-        "no flip mark (left out, or dearer than the accuracy budget): nothing is promised against attackers who "
-        "use labels only"
+        "no flip mark (left out, or dearer than the accuracy budget): nothing is promised against attackers "
+        "who use labels only"
     )
     assert expected in unpaid.summary.warnings()
     few = marked().summary.warnings()

@@ -158,7 +158,7 @@ def calibrate(
         raise ValueError(
             f"data must hold at least {least} samples for {groups} groups, 80 for each"
             f"{' besides those kept back for triggers' if trigger_data is None else ''}, got {len(inputs)}: "
-            f"give more, or at most {fitting} groups (graded_groups={graded_groups}, flip_groups={flip_groups})"
+            f"give more, or ask for at most {fitting} groups by graded_groups and flip_groups"
         )
     owner = look(
         model, name, inputs, labels, batch_size=batch_size, progress=progress, text="reading the data"
