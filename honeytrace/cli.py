@@ -17,6 +17,7 @@ from honeytrace import ownership_cli, serving_cli
 from honeytrace.console import (
     DIRECTORY,
     FILE,
+    Refused,
     check_place,
     json_option,
     one_of,
@@ -381,7 +382,11 @@ def doctor(as_json: bool) -> None:
 
 
 def _load_key(file: Path) -> honeytrace.SecretKey:
-    return honeytrace.SecretKey.load(file)
+    """For commands that begin with a key: who has none yet is told how to make one."""
+    try:
+        return honeytrace.SecretKey.load(file)
+    except FileNotFoundError:
+        raise Refused(f"no key at {file}; make one with: honeytrace key {file}") from None
 
 
 def _print_tree(fields: dict[str, Any], indent: str = "") -> None:

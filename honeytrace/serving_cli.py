@@ -62,7 +62,8 @@ def serve(
 
             from honeytrace.serving.http import create_app
         except ImportError as error:
-            raise Refused(str(error)) from error
+            needed = 'serving needs FastAPI and uvicorn: pip install "honeytrace[serve]"'
+            raise Refused(f"{needed} ({error})") from error
         from honeytrace.serving import Limits, PrometheusMetrics, ServiceSpec
 
         spec = ServiceSpec(

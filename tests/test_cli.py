@@ -298,3 +298,12 @@ def test_an_error_never_exits_like_a_verdict(service, monkeypatch, error, code, 
     result = run(service, "demo")
     assert result.exit_code == code
     assert words in result.stderr
+
+
+def test_who_has_no_key_yet_is_told_how_to_make_one(tmp_path):
+    done = CliRunner().invoke(
+        cli.main,
+        ["protect", "--model", "worlds:mlp", "--data", "x.npz", "--key", "no.key", "--output", "x.ht"],
+    )
+    assert done.exit_code == 2
+    assert done.output.strip() == "Error: no key at no.key; make one with: honeytrace key no.key"
