@@ -74,6 +74,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     except FileNotFoundError:
         raise BadInput(f"no weights at {path}") from None
     except (SafetensorError, OSError) as error:
+        if zipfile.is_zipfile(path):
+            raise BadInput(
+                f"{path} is no safetensors file; torch.save's are not read, for reading one can run code: write "
+                'safetensors.torch.save_file(model.state_dict(), "weights.safetensors")'
+            ) from error
         raise BadInput(f"{path} is damaged or no safetensors file: {error}") from error
     except RuntimeError as error:  # torch's list of missing and unexpected names
         raise BadInput(f"{path} does not hold the weights of this model: {_one_line(error)}") from error

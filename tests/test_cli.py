@@ -177,6 +177,7 @@ EXTRACT = "extract --model service.py:victim --surrogate service.py:surrogate --
         (f"{PROTECT} syntax.py:victim", "SyntaxError"),
         (f"{PROTECT} service.py:victim --weights none.safetensors", "no weights at none.safetensors"),
         (f"{PROTECT} service.py:victim --weights junk", "junk is damaged or no safetensors file"),
+        (f"{PROTECT} service.py:victim --weights owner.npz", "torch.save's are not read"),
         (f"{PROTECT} service.py:surrogate --weights victim.safetensors", "does not hold the weights of this"),
         (f"{PROTECT} service.py:victim --max-accuracy-drop 2", "max_accuracy_drop must be"),
         (f"{PROTECT} service.py:victim --output no/where/m.honeytrace", "no directory no/where"),
@@ -190,7 +191,10 @@ EXTRACT = "extract --model service.py:victim --surrogate service.py:surrogate --
         ("protect --data whole.npz --key owner.key --model service.py:victim", "model must take token ids"),
         ("protect --data odd.npz --key owner.key --model service.py:victim", "labels must be integers"),
         ("protect --data owner.npz --key junk --model service.py:victim", "junk"),
-        ("protect --data owner.npz --key none.key --model service.py:victim", "none.key"),
+        (
+            "protect --data owner.npz --key none.key --model service.py:victim",
+            "make one with: honeytrace key",
+        ),
         (f"{EXTRACT} pool.npz --budget 9999999", "budget must be between 1 and"),
         (f"{EXTRACT} pool.npz --watermark junk", "junk is damaged or no watermark file"),
         (f"{EXTRACT} pool.npz --watermark none.honeytrace", "no watermark file at none.honeytrace"),
@@ -298,12 +302,3 @@ def test_an_error_never_exits_like_a_verdict(service, monkeypatch, error, code, 
     result = run(service, "demo")
     assert result.exit_code == code
     assert words in result.stderr
-
-
-def test_who_has_no_key_yet_is_told_how_to_make_one(tmp_path):
-    done = CliRunner().invoke(
-        cli.main,
-        ["protect", "--model", "worlds:mlp", "--data", "x.npz", "--key", "no.key", "--output", "x.ht"],
-    )
-    assert done.exit_code == 2
-    assert done.output.strip() == "Error: no key at no.key; make one with: honeytrace key no.key"
