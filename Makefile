@@ -16,12 +16,13 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 TEST_PROCESSES ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install tools demo test lint evaluate bench test-gpu bench-gpu clean \
+.PHONY: help install tools demo test test-long lint evaluate bench test-gpu bench-gpu clean \
 	docs fuzz-core fuzz-threads fuzz-files fuzz-http soak
 
 help:
 	@echo "make demo       protect a classifier, steal it, prove the theft (installs first)"
 	@echo "make test       all tests that need no GPU (installs first)"
+	@echo "make test-long  what the suite has in a shorter form"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make evaluate   every defence against every attack (PLAN=digits-small, digits, fashion or a file)"
 	@echo "make fuzz-http  requests of all kinds to a served model"
@@ -77,7 +78,10 @@ soak: tools
 # Speed ratios first and alone: a second test process beside them would be in the picture.
 test: tools
 	$(PYTEST) -q -m "perf and not gpu" || test $$? -eq 5
-	$(PYTEST) -q -n $(TEST_PROCESSES) --dist loadgroup -m "not perf and not gpu"
+	$(PYTEST) -q -n $(TEST_PROCESSES) --dist loadgroup -m "not perf and not gpu and not long"
+
+test-long: tools
+	$(PYTEST) -q -m long
 
 lint: tools
 	$(BIN)/ruff check .

@@ -76,7 +76,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     except (SafetensorError, OSError) as error:
         if zipfile.is_zipfile(path):
             raise BadInput(
-                f"{path} is no safetensors file; torch.save's are not read, for reading one can run code: write "
+                f"{path} is no safetensors file; torch.save's are not read, for that can run code: write "
                 'safetensors.torch.save_file(model.state_dict(), "weights.safetensors")'
             ) from error
         raise BadInput(f"{path} is damaged or no safetensors file: {error}") from error

@@ -23,11 +23,14 @@ PARTS = {
     "distance": "distance or path or neighbours or magnitudes",
     "proofs": "near_rows or prove or bound or query or ties or norms or gradients",
 }
+SIBLINGS = "4.0 or 2.5 or 1.0 or -inf or 1.3 or [3.0] or torch.float16"
+"""Tests whose like runs all the same: powers of a kind, the other half type. Left to `make test-long`."""
 
 
-@pytest.mark.parametrize("part", [*PARTS, "rest"])
+@pytest.mark.parametrize("part", [*PARTS, "rest", pytest.param("siblings", marks=pytest.mark.long)])
 def test_kernels_under_the_interpreter(part: str) -> None:
     chosen = PARTS.get(part) or " and ".join(f"not ({names})" for names in PARTS.values())
+    chosen = SIBLINGS if part == "siblings" else f"({chosen}) and not ({SIBLINGS})"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HONEYTRACE_BACKEND", None)
     environment.pop("PYTEST_ADDOPTS", None)
