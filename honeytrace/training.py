@@ -14,18 +14,6 @@ _Module = TypeVar("_Module", bound=nn.Module)
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 """What the forward pass of a training step computes in."""
 
-
-def fastest_precision() -> Precision:
-    """ "bfloat16" where this machine's processor multiplies it, else "float32".
-
-    Without instructions of its own bfloat16 is emulated, at a fraction of float32's speed.
-    """
-    # Torch before 2.10 has no word for it.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict[str, Any])()
-    known = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")
-    return "bfloat16" if any(capabilities.get(name, False) for name in known) else "float32"
-
-
 # Share of all steps in which the learning rate rises.
 _RISE = 0.25
 
@@ -64,6 +52,17 @@ class History(NamedTuple):
     """Mean loss: cross entropy to the targets, in nats, or what the objective gave."""
     accuracy: tuple[float, ...]
     """Share of samples whose predicted label was the target's (its most probable class for soft targets)."""
+
+
+def fastest_precision() -> Precision:
+    """The precision that trains fastest here: bfloat16 where the processor multiplies it, else float32.
+
+    Without instructions of its own bfloat16 is emulated, at a fraction of float32's speed.
+    """
+    # Torch before 2.10 has no word for it.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict[str, Any])()
+    known = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")
+    return "bfloat16" if any(capabilities.get(name, False) for name in known) else "float32"
 
 
 def seeded(factory: Callable[[], _Module], seed: int) -> _Module:

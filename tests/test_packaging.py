@@ -15,8 +15,6 @@ import pytest
 
 import honeytrace
 
-_C = pytest.importorskip("honeytrace._C", reason="this installation has no compiled core")
-
 ROOT = Path(__file__).resolve().parents[1]
 # One process, if there are several: the sdist and the wheel are built once.
 pytestmark = [pytest.mark.packaging, pytest.mark.slow, pytest.mark.xdist_group("packaging")]
@@ -121,8 +119,7 @@ def test_the_wheel_works_where_torch_never_was(wheel, tmp_path):
 
 
 def test_an_editable_installation_follows_the_tree(tmp_path):
-    """Without the core, which takes minutes: `make install` is editable too, so this very process shows where
-    the core lands."""
+    """Without the core, which takes minutes; where that lands is the next test's."""
     tree = copy_of_the_tree(tmp_path / "tree")
     python = empty_environment(tmp_path / "venv")
     run(python, "-m", "pip", "install", "--no-deps", "-e", tree, cwd=tmp_path, HONEYTRACE_NO_EXT="1")
@@ -130,12 +127,17 @@ def test_an_editable_installation_follows_the_tree(tmp_path):
     package, kernels = run(python, "-c", code, cwd=tmp_path).split()
     assert Path(package) == tree / "honeytrace" / "__init__.py"
     assert Path(kernels) == tree / "kernels" / "__init__.py"
-    assert Path(_C.__file__).parent == Path(honeytrace.__file__).parent
     (tree / "kernels" / "added.py").write_text("value = 42\n")
     code = "import honeytrace.kernels.added as added; print(added.value)"
     # From elsewhere, and from the tree itself, where the directory honeytrace shadows the installation.
     assert run(python, "-c", code, cwd=tmp_path).strip() == "42"
     assert run(python, "-c", code, cwd=tree).strip() == "42"
+
+
+def test_the_core_lies_beside_the_package():
+    """In the installation that runs the tests, an editable one where `make install` made it."""
+    core = pytest.importorskip("honeytrace._C", reason="this installation has no compiled core")
+    assert Path(core.__file__).parent == Path(honeytrace.__file__).parent
 
 
 def test_without_the_core_the_package_is_pure_python(tree, tmp_path):

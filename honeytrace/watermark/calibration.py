@@ -62,6 +62,9 @@ _FLIP_SLOPE = 1e-3
 _KEPT_BACK = 0.2
 """Share of the data that becomes the trigger pool where none was given."""
 
+_LEAST_OF_GROUP = 80
+"""Samples that the data must hold for each group."""
+
 
 def calibrate(
     model: nn.Module,
@@ -152,11 +155,12 @@ def calibrate(
             f"model must have at least 5 classes, so that 3 are left to draw a target from, got {classes}"
         )
     groups = graded_groups + (flip_groups if flips else 0)
-    least = math.ceil(80 * groups / (1 - _KEPT_BACK if trigger_data is None else 1))
+    usable = 1 - _KEPT_BACK if trigger_data is None else 1  # of the data, not kept for triggers
+    least = math.ceil(_LEAST_OF_GROUP * groups / usable)
     if len(inputs) < least:
-        fitting = int(len(inputs) * (1 - _KEPT_BACK if trigger_data is None else 1)) // 80
+        fitting = int(len(inputs) * usable) // _LEAST_OF_GROUP
         raise ValueError(
-            f"data must hold at least {least} samples for {groups} groups, 80 for each"
+            f"data must hold at least {least} samples for {groups} groups, {_LEAST_OF_GROUP} for each"
             f"{' besides those kept back for triggers' if trigger_data is None else ''}, got {len(inputs)}: "
             f"give more, or ask for at most {fitting} groups by graded_groups and flip_groups"
         )
