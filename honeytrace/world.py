@@ -1,6 +1,6 @@
 """The owner's side of every experiment: data, victim, unmarked reference, watermark; each made once and kept.
 
-    splits -> owned, validation -> victim -> reference (an unmarked copy) -> watermark
+    splits -> owned, validation -> victim -> references (an unmarked copy, and it after removals) -> watermark
 
 The demonstration and the evaluation tell different stories in the same world.
 """
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from honeytrace import data, models, training
-from honeytrace.cache import ModelCache, digest
+from honeytrace import data, models, removal, training
+from honeytrace.cache import ModelCache, digest, model_digest
 from honeytrace.progress import Stage, silent
 from honeytrace.training import Precision
 from honeytrace.watermark import SecretKey, Watermark
@@ -168,9 +168,32 @@ class World:
         return self.kept("reference", self.small, train, seed=seed, epochs=epochs, answers=digest(answers))
 
     @cached_property
+    def references(self) -> list[nn.Module]:
+        """The reference, and what removals make of it: suspects are compared with the nearest mixture."""
+        return [self.reference, *(self._after(name) for name in removal.USUAL)]
+
+    def _after(self, name: str) -> nn.Module:
+        seed = self.number(6)
+
+        def train() -> nn.Module:
+            with self.stage(f"the owner's reference after {name}") as report:
+                return removal.after_removals(
+                    self.reference,
+                    self.owned,
+                    seed=seed,
+                    names=[name],
+                    precision=self.precision,
+                    progress=report,
+                )[0]
+
+        return self.kept(
+            f"reference-{name}", self.small, train, seed=seed, reference=model_digest(self.reference)
+        )
+
+    @cached_property
     def watermark(self) -> Watermark:
         """All marks, within the budget of the settings."""
-        victim, reference = self.victim, self.reference
+        victim, references = self.victim, self.references
         with self.stage("calibrating the watermark") as report:
             return Watermark.calibrate(
                 victim,
@@ -179,7 +202,7 @@ class World:
                 max_accuracy_drop=self.settings.max_accuracy_drop,
                 validation=self.validation,
                 trigger_data=self.splits.test,
-                reference=reference,
+                reference=references,
                 progress=report,
             )
 

@@ -352,6 +352,13 @@ TENSORS = {
     "a reference for fewer triggers": lambda: {
         "reference_log_probs.1": held("reference_log_probs.1")[:-1].contiguous()
     },
+    "no reference among several": lambda: {"reference_log_probs.1": held("reference_log_probs.1")[None][:0]},
+    "several references of too few classes": lambda: {
+        "reference_log_probs.1": held("reference_log_probs.1")[None, :, :-1].repeat(2, 1, 1)
+    },
+    "references in four dimensions": lambda: {
+        "reference_log_probs.1": held("reference_log_probs.1")[None, None].clone()
+    },
     "a reference with NaN": lambda: {"reference_log_probs.1": changed("reference_log_probs.1", torch.nan)},
 }
 

@@ -387,6 +387,27 @@ def test_a_reference_of_its_own():
             assert torch.allclose(b.reference_log_probs, world.model(b.triggers).log_softmax(1), atol=1e-6)
 
 
+def test_several_references():
+    """One more dimension, the plain reference first; it alone says where roads turn; files hold all."""
+    plain, other = seeded(mlp, 8), seeded(mlp, 9)
+    several, one = mark(reference=[plain, other]), mark(reference=plain)
+    for a, b in zip(several.groups, one.groups, strict=True):
+        assert a.reference_log_probs.shape == (2, *b.reference_log_probs.shape)
+        assert torch.equal(a.reference_log_probs[0], b.reference_log_probs)
+        with torch.no_grad():
+            expected = other.eval()(a.triggers).log_softmax(1)
+        assert torch.allclose(a.reference_log_probs[1], expected, atol=1e-6)
+        assert a.turns is not None
+        assert b.turns is not None
+        assert torch.equal(a.turns, b.turns)
+    assert several.digest() != one.digest()
+    assert several.answering_digest() == one.answering_digest()
+    assert several.answering_digest() != several.without_flips().answering_digest()
+    verdicts = [verify(blobs().model, watermark, KEY, answers="scores") for watermark in (several, one)]
+    assert verdicts[0].queries_total == verdicts[1].queries_total
+    assert not verdicts[0].claim
+
+
 def test_a_head_that_is_named():
     assert same(mark(head="2"), marked())
     assert marked().head == "2"
@@ -445,6 +466,8 @@ def test_every_group_has_its_triggers():
         ({"flips": 1}, TypeError, "flips must be True or False, got int"),
         ({"progress": 3}, TypeError, "progress must be callable"),
         ({"reference": "copy"}, TypeError, "reference must be an nn.Module"),
+        ({"reference": []}, ValueError, "reference must be a model or at least one of them"),
+        ({"reference": [nn.Linear(2, 2), 3]}, TypeError, r"reference\[1\] must be an nn.Module, got int"),
         ({"head": 3}, TypeError, "head must be a str"),
         ({"key": b"0" * 32}, TypeError, "key must be a SecretKey, got bytes"),
         ({"key": None}, TypeError, "key must be a SecretKey"),

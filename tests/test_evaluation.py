@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 from worlds import blobs, marked, mlp
 
-from honeytrace import cli
+from honeytrace import cli, extraction
 from honeytrace.baselines import BaselineGroup, Defended
-from honeytrace.evaluation import BUILT_IN, Cell, Plan, Store, evaluate, on_ray, write_report
+from honeytrace.evaluation import BUILT_IN, Cell, Plan, Store, cells, evaluate, on_ray, write_report
 from honeytrace.evaluation.engines import attempt, in_process
 from honeytrace.evaluation.kept import kept_defended
 from honeytrace.evaluation.store import Result
@@ -129,6 +130,39 @@ def test_the_plans_of_the_package_are_whole(name):
 def test_what_is_no_plan_is_named(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(SMALL.replace(*change, 1))
+
+
+SELECTIVE = SMALL.replace(
+    'bare = { defence = "none" }',
+    'bare = { defence = "none", against = ["some", "top1"], why = "the others tell nothing" }',
+).replace("[columns]", '[sets]\nsome = ["tuned"]\n[columns]')
+
+
+def test_a_row_meets_what_it_names_and_its_cells_are_the_same():
+    selective = plan(SELECTIVE)
+    titles = [cell.title for cell in selective.cells() if cell.row == "bare" and cell.seed == 0]
+    assert titles == ["bare / top1 / seed 0", "bare / soft / tuned / seed 0"]
+    assert sum(cell.row == "ours" for cell in selective.cells()) == 6
+    assert {c.digest for c in selective.cells()} < {c.digest for c in plan().cells()}
+    with pytest.raises(ValueError, match="has no cell with rows='bare', columns='soft'"):
+        selective.narrowed("bare", "soft", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((', why = "the others tell nothing"', ""), "rows.bare must have both against"),
+        (('against = ["some", "top1"], ', ""), "rows.bare must have both against"),
+        (('["some", "top1"]', "[]"), "rows.bare.against must be a list of names, got []"),
+        (('["some", "top1"]', '["some", "hard"]'), "rows.bare.against must name soft, top1, tuned, some"),
+        (('some = ["tuned"]', 'some = ["some"]'), "sets.some must name soft, top1, tuned; got 'some'"),
+        (('some = ["tuned"]', 'soft = ["tuned"]\nsome = ["tuned"]'), "sets.soft has the name of a column"),
+        (('[sets]\nsome = ["tuned"]', ""), "rows.bare.against must name soft, top1, tuned; got 'some'"),
+    ],
+)
+def test_what_a_row_cannot_meet_is_named(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(SELECTIVE.replace(*change, 1))
 
 
 def test_a_part_of_a_plan():
@@ -279,6 +313,62 @@ def matrix(tmp_path_factory) -> tuple[Path, list[Result]]:
     return place, results
 
 
+class Counting(nn.Module):
+    """Answers with a fixed function of each query, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.asked += len(inputs)
+        return torch.stack([inputs.sum(1), inputs[:, 0], inputs[:, 1]], dim=1)
+
+
+def test_a_query_that_was_answered_is_not_put_to_the_model_again():
+    model = Counting()
+    api = cells._Remembering(extraction.api(model))
+    inputs = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    expected = extraction.api(Counting())(inputs)
+    assert torch.equal(api(inputs[:30]), expected[:30])
+    mixed = torch.tensor([35, 3, 3, 36, 29, 35])
+    assert torch.equal(api(inputs[mixed]), expected[mixed])
+    assert torch.equal(api(inputs[:30]), expected[:30])
+    # 30, then rows 35, 36 and 35 again, which was not known yet when that batch was asked.
+    assert model.asked == 33
+    api.MOST = 32
+    api(inputs)
+    assert torch.equal(api(inputs), expected)
+    assert model.asked == 33 + 8 + 8  # what is over the limit is asked again each time
+
+
+def test_a_training_is_not_repeated_and_its_copies_are_apart():
+    def factory() -> nn.Module:
+        made.append(1)
+        return mlp()
+
+    made: list[int] = []
+    inputs, labels = blobs().train
+    recipe = cells._RememberingRecipe(factory, 1, architecture="mlp", trained={})
+    first, history = recipe.train(inputs, labels, seed=3)
+    with torch.no_grad():
+        first[0].weight.zero_()
+    second, same = recipe.train(inputs, labels, seed=3)
+    assert len(made) == 1
+    assert same == history
+    plain, _ = extraction.Recipe(mlp, 1).train(inputs, labels, seed=3)
+    assert torch.equal(predict(second, inputs), predict(plain, inputs))
+    for changed in (
+        lambda: recipe.train(inputs, labels, seed=4),
+        lambda: recipe.train(inputs, labels.roll(1), seed=3),
+        lambda: replace(recipe, architecture="other").train(inputs, labels, seed=3),
+        lambda: replace(recipe, epochs=2).train(inputs, labels, seed=3),
+    ):
+        before = len(made)
+        changed()
+        assert len(made) == before + 1
+
+
 def named(results: Sequence[Result], row: str, name: str) -> Result:
     (found,) = [
         r
@@ -305,6 +395,10 @@ def test_the_small_matrix_is_whole_and_says_what_it_should(matrix):
     composite = named(results, "composite", "random-soft")
     assert composite["smallest_p_value"] > 0.1
     assert not composite["claims"]["scores"]["claim"]
+    assert composite["success_protected"] > 0.5
+    assert 0 <= composite["false_alarms"] < composite["success_protected"]
+    assert named(results, "honeytrace", "random-soft")["false_alarms"] is None
+    assert named(results, "rounding", "random-soft")["success_protected"] is None
     for found in results:
         if found["status"] == "done":
             assert 0.9 < found["accuracy_bare"] < 1
@@ -373,6 +467,14 @@ def test_tables_tell_claims_failures_and_gaps(tmp_path):
     half = [r for r in results if r["cell"]["row"] == "ours"]
     write_report(plan(), half, tmp_path)
     assert "| soft | **2/2** in 40 | ... |" in (tmp_path / "tables.md").read_text()
+
+
+def test_tables_say_why_a_row_does_not_meet_an_attack(tmp_path):
+    selective = plan(SELECTIVE)
+    write_report(selective, evaluate(selective, tmp_path, run=figures), tmp_path)
+    text = (tmp_path / "tables.md").read_text("utf-8")
+    assert "| soft | **2/2** in 40 | · |" in text
+    assert "·, bare: not in the plan; the others tell nothing." in text
 
 
 def test_a_poor_copy_is_in_brackets(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.optimize import minimize_scalar
 
 from honeytrace.ownership import (
     DEFAULT_CALIBRATOR,
@@ -20,6 +21,7 @@ from honeytrace.ownership import (
     clean_scores,
     e_values,
     exact_p_value,
+    fitted_reference,
     queries_to_significance,
     rank_p_value,
     score_labels,
@@ -29,6 +31,7 @@ from honeytrace.ownership import (
 )
 from honeytrace.ownership.answers import top_labels
 from honeytrace.ownership.calibrator import Calibrator
+from honeytrace.ownership.scores import PROBABILITY_FLOOR
 
 CALIBRATORS: list[Calibrator] = [
     DEFAULT_CALIBRATOR,
@@ -130,9 +133,60 @@ def test_score_is_the_mean_log_ratio_with_a_floor():
     )
     with np.errstate(divide="ignore"):
         scores = score_probabilities(suspect, np.log(reference), [2, 1])
-    expected = [np.mean(np.log(suspect[:, c] + 1e-3) - np.log(reference[:, c] + 1e-3)) for c in (2, 1)]
+    floor = PROBABILITY_FLOOR
+    expected = [np.mean(np.log(suspect[:, c] + floor) - np.log(reference[:, c] + floor)) for c in (2, 1)]
     np.testing.assert_allclose(scores, expected, rtol=1e-12)
-    assert np.abs(scores).max() <= math.log(1 + 1 / 1e-3)
+    assert np.abs(scores).max() <= math.log(1 + 1 / floor)
+
+
+def dirichlet(rng: np.random.Generator, *shape: int, concentration: float = 0.3) -> np.ndarray:
+    return rng.dirichlet(np.full(6, concentration), shape)
+
+
+def test_one_reference_is_compared_with_as_it_is():
+    rng = np.random.default_rng(0)
+    suspect, reference = dirichlet(rng, 7), dirichlet(rng, 7)
+    for shaped in (reference, reference[None]):
+        np.testing.assert_allclose(fitted_reference(suspect, np.log(shaped)), reference, rtol=1e-12)
+    again = score_probabilities(suspect, np.log(np.stack([reference] * 3)), [0, 3])
+    np.testing.assert_allclose(score_probabilities(suspect, np.log(reference), [0, 3]), again, rtol=1e-9)
+
+
+def test_the_fitted_reference_is_the_mixture_of_least_divergence():
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        suspect, pair = dirichlet(rng, 40), dirichlet(rng, 2, 40)
+
+        def divergence(share: float, pair: np.ndarray = pair, suspect: np.ndarray = suspect) -> float:
+            return float(-(suspect * np.log(share * pair[0] + (1 - share) * pair[1])).sum())
+
+        best = minimize_scalar(divergence, bounds=(0, 1), method="bounded").x
+        found = fitted_reference(suspect, np.log(pair))
+        np.testing.assert_allclose(found, best * pair[0] + (1 - best) * pair[1], atol=2e-3)
+
+
+def test_a_suspect_is_compared_with_the_reference_that_went_its_way():
+    rng = np.random.default_rng(2)
+    several = dirichlet(rng, 3, 30, concentration=2.0)
+    suspect = several[1].copy()
+    suspect[:, 4] += 0.1  # the mark
+    suspect /= suspect.sum(1, keepdims=True)
+    found = fitted_reference(suspect, np.log(several))
+    # The mark itself is nearer to other mixtures, which takes a little of the weight.
+    away = np.abs(found - several).mean((1, 2))
+    assert away[1] < 0.1 * min(away[0], away[2])
+    others = [c for c in range(6) if c != 4]
+    noise = score_probabilities(suspect, np.log(several), range(6))[others].std()
+    assert noise < score_probabilities(suspect, np.log(several[0]), range(6))[others].std() / 3
+
+
+def test_references_that_exclude_what_a_suspect_says():
+    """Probability 0 wherever the suspect has some: no weight is better than another, and none is NaN."""
+    suspect = np.tile([1.0, 0.0, 0.0], (4, 1))
+    several = np.stack([np.tile([0.0, 1.0, 0.0], (4, 1)), np.tile([0.0, 0.0, 1.0], (4, 1))])
+    with np.errstate(divide="ignore"):
+        found = fitted_reference(suspect, np.log(several))
+    np.testing.assert_allclose(found, several.mean(0))
 
 
 def test_label_score_is_the_difference_of_hits():
@@ -149,6 +203,8 @@ def test_label_score_is_the_difference_of_hits():
         (lambda: score_probabilities(np.ones((2, 3)), np.zeros((2, 3)), [3]), "C=3"),
         (lambda: score_probabilities(np.ones((2, 3)), np.zeros((2, 3)), [1, 1]), "distinct"),
         (lambda: score_probabilities(np.ones((2, 3)), np.zeros((2, 3)), [1], floor=0), "floor"),
+        (lambda: fitted_reference(np.ones((2, 3)), np.zeros((4, 2, 2))), "for R references"),
+        (lambda: fitted_reference(np.ones((2, 3)), np.zeros((0, 2, 3))), "n >= 1"),
         (lambda: score_labels([0], [0, 1], [0], num_classes=2), "one shape"),
     ],
 )

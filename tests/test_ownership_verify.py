@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, stack
 
 from honeytrace.ownership import Verdict, keyed_order, verify
 
@@ -53,8 +53,9 @@ def make_watermark(
     classes: int = CLASSES,
     seed: int = 0,
     targets: tuple[int, ...] | None = None,
+    references: int = 1,
 ) -> FakeWatermark:
-    """Trigger t of group g is the vector (g, t); the reference has its own opinion of each."""
+    """Trigger t of group g is the vector (g, t); each reference has its own opinion of each."""
     rng = np.random.default_rng(seed)
     made = []
     for g in range(groups):
@@ -62,8 +63,8 @@ def make_watermark(
         candidates = tuple(c for c in range(classes) if c not in sources)
         inputs = torch.tensor([[g, t] for t in range(triggers)], dtype=torch.float32)
         target = candidates[targets[g]] if targets else int(rng.choice(candidates))
-        logits = opinion(inputs, classes, salt=1)
-        made.append(Group(sources, candidates, target, inputs, logits.log_softmax(1)))
+        known = [opinion(inputs, classes, salt=1 + 100 * r).log_softmax(1) for r in range(references)]
+        made.append(Group(sources, candidates, target, inputs, known[0] if references == 1 else stack(known)))
     return FakeWatermark(made, classes)
 
 
@@ -187,15 +188,16 @@ SUSPECTS: dict[str, Callable[[], Callable[[Tensor], Any]]] = {
 }
 
 
+@pytest.mark.parametrize("references", [1, 3])
 @pytest.mark.parametrize("name", SUSPECTS)
 @pytest.mark.parametrize("rule", ["exact", "e-process"])
-def test_false_claims_over_all_targets_by_enumeration(name, rule):
+def test_false_claims_over_all_targets_by_enumeration(name, rule, references):
     """Every key this watermark could have had, each with the whole verification: claims / keys <= alpha."""
     alpha = 0.15
     claims, e_total = 0, 0.0
     keys = list(itertools.product(range(3), repeat=3))
     for targets in keys:
-        watermark = make_watermark(3, 3, classes=5, targets=targets)
+        watermark = make_watermark(3, 3, classes=5, targets=targets, references=references)
         verdict = verify(SUSPECTS[name](), watermark, KEY, alpha=alpha, rule=rule)  # type: ignore[arg-type]
         claims += verdict.claim
         e_total += verdict.e_value

@@ -12,6 +12,7 @@ from honeytrace import data, models, training
 from honeytrace.data import Split
 from honeytrace.removal import (
     REMOVALS,
+    after_removals,
     cleanse,
     distill,
     erase_mark,
@@ -199,6 +200,16 @@ def test_boundary_samples_lie_nearer_to_another_class(marked: nn.Module) -> None
 
 def test_wrk_weakens_the_mark(marked: nn.Module) -> None:
     assert success(repair_boundaries(marked, CLEAN, seed=3, share=0.25)) < 0.6
+
+
+def test_references_after_removals(marked: nn.Module) -> None:
+    before = {name: value.clone() for name, value in marked.state_dict().items()}
+    (tuned,) = after_removals(marked, CLEAN, seed=0, names=["fine-tune-5"])
+    assert all(torch.equal(value, before[name]) for name, value in marked.state_dict().items())
+    known = REMOVALS["fine-tune-5"](marked, CLEAN, seed=0)
+    assert torch.equal(training.predict(tuned, TEST.inputs), training.predict(known, TEST.inputs))
+    with pytest.raises(ValueError, match=r"names must be of .*got 'sandpaper'"):
+        after_removals(marked, CLEAN, seed=0, names=["wrk", "sandpaper"])
 
 
 def test_mark_erase_weakens_the_mark(marked: nn.Module) -> None:

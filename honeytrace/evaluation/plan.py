@@ -5,13 +5,18 @@
     [rows.honeytrace-graded]                # a defence
     defence = "honeytrace"
     flips = false
+    against = ["scores", "fine-tune-10"]    # columns, removals and sets that it meets; default: all of them
+    why = "a graded mark is not in labels"  # why it does not meet the others, for the tables
+    [sets]
+    scores = ["random-soft"]                # a name for several columns and removals
     [columns.random-soft]                   # an attack on every row
     attack = "random"
     [removals.fine-tune-10]                 # what is done to the copy of one column afterwards
     removal = "fine-tune-10"
     column = "random-soft"
 
-Every further entry of a row, column or removal is a setting of its function.
+Every further entry of a row, column or removal is a setting of its function. A row with ``against`` must say
+``why``.
 """
 
 from __future__ import annotations
@@ -95,6 +100,8 @@ class Plan:
         alpha: false-claim probability of the verdicts.
         rows, columns, removals: name -> settings, in the order of the tables.
         attacks: all columns that removals may speak of, also those that are not run themselves.
+        against: row -> the columns and removals that it meets; rows that are not there meet all.
+        reasons: row -> why it does not meet the others.
     """
 
     name: str
@@ -106,14 +113,23 @@ class Plan:
     columns: Mapping[str, dict[str, Any]]
     removals: Mapping[str, dict[str, Any]]
     attacks: Mapping[str, dict[str, Any]]
+    against: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def meets(self, row: str, name: str) -> bool:
+        """Whether the plan puts the defence `row` to the attack or removal `name`."""
+        return row not in self.against or name in self.against[row]
 
     def cells(self) -> Iterator[Cell]:
         """All cells: seeds outermost, so that a run that is cut short has whole tables of fewer seeds."""
         for seed in self.seeds:
             for row, row_settings in self.rows.items():
                 for column, column_settings in self.columns.items():
-                    yield self._cell(row, row_settings, column, column_settings, "", {}, seed)
+                    if self.meets(row, column):
+                        yield self._cell(row, row_settings, column, column_settings, "", {}, seed)
                 for removal, settings in self.removals.items():
+                    if not self.meets(row, removal):
+                        continue
                     rest = {name: value for name, value in settings.items() if name != "column"}
                     column = settings["column"]
                     yield self._cell(row, row_settings, column, self.attacks[column], removal, rest, seed)
@@ -151,11 +167,12 @@ class Plan:
         kept_removals = _matching(self.removals, columns)
         kept_rows = _matching(self.rows, rows)
         kept_seeds = self.seeds if seeds is None else tuple(s for s in self.seeds if s in seeds)
-        if not kept_rows or not kept_seeds or not (kept_columns or kept_removals):
+        part = replace(self, rows=kept_rows, columns=kept_columns, removals=kept_removals, seeds=kept_seeds)
+        if next(part.cells(), None) is None:
             raise ValueError(
                 f"plan {self.name} has no cell with rows={rows!r}, columns={columns!r}, seeds={seeds!r}"
             )
-        return replace(self, rows=kept_rows, columns=kept_columns, removals=kept_removals, seeds=kept_seeds)
+        return part
 
     @classmethod
     def load(cls, source: str | Path) -> Plan:
@@ -181,7 +198,7 @@ class Plan:
             raise ValueError(f"plan {name} is no TOML file: {error}") from None
         except RecursionError:
             raise ValueError(f"plan {name} is no TOML file: it is nested too deeply") from None
-        known = {"data", "seeds", "precision", "alpha", "rows", "columns", "removals"}
+        known = {"data", "seeds", "precision", "alpha", "rows", "columns", "removals", "sets"}
         if set(fields) - known:
             raise ValueError(
                 f"plan {name}: unknown entries {sorted(set(fields) - known)}; known: {sorted(known)}"
@@ -206,17 +223,58 @@ class Plan:
             raise ValueError(f"plan {name}: alpha must be in (0, 1), got {alpha!r}")
         removals = fields.get("removals", {})
         check_names(name, fields["rows"], fields["columns"], removals)
+        rows, against, reasons = _encounters(name, fields, {**fields["columns"], **removals})
         return cls(
             name=name,
             data=fields["data"],
             seeds=tuple(seeds),
             precision=precision,
             alpha=alpha,
-            rows=fields["rows"],
+            rows=rows,
             columns=fields["columns"],
             removals=removals,
             attacks=fields["columns"],
+            against=against,
+            reasons=reasons,
         )
+
+
+def _encounters(
+    plan: str, fields: Mapping[str, Any], names: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Any]], dict[str, frozenset[str]], dict[str, str]]:
+    """The rows' own settings; what each row meets; why it meets no more. `names`: columns and removals."""
+    sets = fields.get("sets", {})
+    if not isinstance(sets, dict):
+        raise ValueError(f"plan {plan}: sets must be a table, got {type(sets).__name__}")
+    for name, members in sets.items():
+        if name in names:
+            raise ValueError(f"plan {plan}: sets.{name} has the name of a column or removal")
+        _check_members(plan, f"sets.{name}", members, names)
+    rows: dict[str, dict[str, Any]] = {}
+    against: dict[str, frozenset[str]] = {}
+    reasons: dict[str, str] = {}
+    for row, entries in fields["rows"].items():
+        rows[row] = {key: value for key, value in entries.items() if key not in ("against", "why")}
+        if ("against" in entries) != isinstance(entries.get("why"), str):
+            raise ValueError(
+                f"plan {plan}: rows.{row} must have both against (a list of names) and why (a text), "
+                "or neither"
+            )
+        if "against" in entries:
+            _check_members(plan, f"rows.{row}.against", entries["against"], {**names, **sets})
+            met = [sets.get(word, [word]) for word in entries["against"]]
+            against[row] = frozenset(name for members in met for name in members)
+            reasons[row] = entries["why"]
+    return rows, against, reasons
+
+
+def _check_members(plan: str, where: str, members: Any, known: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `members` is a list of known names with at least one entry."""
+    if not isinstance(members, list) or not members:
+        raise ValueError(f"plan {plan}: {where} must be a list of names, got {members!r}")
+    for member in members:
+        if not isinstance(member, str) or member not in known:
+            raise ValueError(f"plan {plan}: {where} must name {', '.join(known)}; got {member!r}")
 
 
 def _matching(entries: Mapping[str, dict[str, Any]], words: str | None) -> dict[str, dict[str, Any]]:

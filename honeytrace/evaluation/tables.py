@@ -12,7 +12,7 @@ from honeytrace.evaluation.store import Result
 WORTH_STEALING = 0.15
 """A copy further than this below the victim's accuracy is not worth stealing; its entries are in brackets."""
 
-MISSING, NOT_APPLICABLE, FAILED = "...", "n/a", "failed"
+MISSING, NOT_APPLICABLE, FAILED, NOT_MET = "...", "n/a", "failed", "·"
 
 
 @dataclass
@@ -124,6 +124,9 @@ def _matrix(
                 line.append(f"({text})" if poor > WORTH_STEALING and text not in ("", "-") else text)
             elif any(result["status"] == "failed" for result in found):
                 line.append(FAILED)
+            elif not plan.meets(row, name):
+                line.append(NOT_MET)
+                reasons[f"{NOT_MET}, {row}: not in the plan; {plan.reasons[row]}."] = None
             else:
                 line.append(NOT_APPLICABLE if found else MISSING)
         table.lines.append(line)
@@ -135,15 +138,27 @@ def _protected(plan: Plan, results: Sequence[Result]) -> Table:
     table = Table(
         "Accuracy of the protected model, %",
         "On the test images, without the defence and with it: mean over the seeds, lowest and highest in "
-        "brackets.",
-        ["defence", "bare", "protected", "points lost", "why there may be no claim"],
+        "brackets. Triggers: share that the protected model itself answers with the target's label (a graded "
+        "mark leaves labels alone). False alarms: the same of the sources' samples combined in all other "
+        "ways.",
+        [
+            "defence",
+            "bare",
+            "protected",
+            "points lost",
+            "triggers, %",
+            "false alarms, %",
+            "why there may be no claim",
+        ],
         [],
     )
     for row in plan.rows:
         done = [r for r in results if r["cell"]["row"] == row and r["status"] == "done"]
-        once = list({result["cell"]["seed"]: result for result in done}.values())
+        # Figures of the row itself; cells of earlier days have fewer of them.
+        latest = sorted(done, key=lambda result: len(result))
+        once = list({result["cell"]["seed"]: result for result in latest}.values())
         if not once:
-            table.lines.append([row, MISSING, MISSING, MISSING, ""])
+            table.lines.append([row, *[MISSING] * 5, ""])
             continue
         lost = [100 * (r["accuracy_bare"] - r["accuracy_protected"]) for r in once]
         table.lines.append(
@@ -152,10 +167,15 @@ def _protected(plan: Plan, results: Sequence[Result]) -> Table:
                 _spread([100 * r["accuracy_bare"] for r in once]),
                 _spread([100 * r["accuracy_protected"] for r in once]),
                 _spread(lost, digits=2),
+                *(_percent(once, figure) for figure in ("success_protected", "false_alarms")),
                 _limits(once[0]),
             ]
         )
     return table
+
+
+def _percent(results: Sequence[Result], figure: str) -> str:
+    return _spread([100 * r[figure] for r in results if r.get(figure) is not None])
 
 
 def _limits(result: Result) -> str:

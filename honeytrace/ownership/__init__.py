@@ -11,7 +11,7 @@ from honeytrace.ownership.answers import clean_labels, clean_scores
 from honeytrace.ownership.calibrator import DEFAULT_CALIBRATOR, RankCalibrator, SoftmaxCalibrator, e_values
 from honeytrace.ownership.power import groups_needed, plan, smallest_p_value
 from honeytrace.ownership.rank_test import exact_p_value, rank_p_value, target_rank
-from honeytrace.ownership.scores import score_labels, score_probabilities
+from honeytrace.ownership.scores import fitted_reference, score_labels, score_probabilities
 from honeytrace.ownership.sequential import Look, SequentialTest, run
 from honeytrace.ownership.suspect import keyed_order
 from honeytrace.ownership.t_test import TTest, queries_to_significance, t_test
@@ -33,6 +33,7 @@ __all__ = [
     "clean_scores",
     "e_values",
     "exact_p_value",
+    "fitted_reference",
     "groups_needed",
     "keyed_order",
     "plan",

@@ -25,7 +25,7 @@ from honeytrace.ownership.answers import (
 from honeytrace.ownership.calibrator import DEFAULT_CALIBRATOR
 from honeytrace.ownership.power import smallest_p_value
 from honeytrace.ownership.rank_test import exact_p_value, target_rank
-from honeytrace.ownership.scores import SCORE_NOISE, score_labels, score_probabilities
+from honeytrace.ownership.scores import SCORE_NOISE, fitted_reference, score_labels, score_probabilities
 from honeytrace.ownership.sequential import Rule, SequentialTest, check_alpha
 from honeytrace.ownership.suspect import Suspect, ask, keyed_order, quiet
 from honeytrace.ownership.t_test import TTest, t_test
@@ -56,7 +56,8 @@ class TriggerGroup(Protocol):
 
     @property
     def reference_log_probs(self) -> Tensor:
-        """[n, C] log-probabilities of the owner's unmarked reference on the triggers."""
+        """[n, C] log-probabilities of the owner's unmarked reference on the triggers, or [R, n, C] of
+        several, the plain one first."""
         ...
 
 
@@ -287,7 +288,7 @@ class _Examiner:
         self, index: int, group: _Group, test: SequentialTest, first: npt.NDArray[np.generic] | None
     ) -> npt.NDArray[np.generic]:
         """The answers to all triggers, of which the first may have been asked already."""
-        order = keyed_order(self.seed, f"triggers of group {index}", len(group.reference))
+        order = keyed_order(self.seed, f"triggers of group {index}", len(group.triggers))
         said = []
         if first is not None:
             order = [0, *(place for place in order if place != 0)]
@@ -331,7 +332,7 @@ class _Examiner:
         total = 0
         for group in self.groups:
             by_road = group.roads is not None and self.kind != "scores"
-            total += ladder.most_questions(group.candidates.size) if by_road else len(group.reference)
+            total += ladder.most_questions(group.candidates.size) if by_road else len(group.triggers)
         return total
 
 
@@ -343,6 +344,7 @@ class _Group:
     target_index: int
     triggers: Tensor
     reference: FloatArray
+    """[R, n, C] log-probabilities, the plain reference first."""
     roads: tuple[Tensor, list[list[int]]] | None
 
 
@@ -358,15 +360,16 @@ def _read_group(group: TriggerGroup, index: int, num_classes: int, most: int | N
     position = np.flatnonzero(candidates == group.target)
     if position.size != 1:
         raise ValueError(f"group {index}: the target must be exactly one of the candidates")
-    reference = group.reference_log_probs.detach().cpu().double().numpy()
-    if reference.ndim != 2 or reference.shape != (len(group.triggers), num_classes) or len(reference) == 0:
+    given = group.reference_log_probs.detach().cpu().double().numpy()
+    reference = given[None] if given.ndim == 2 else given
+    if reference.ndim != 3 or reference.shape[1:] != (len(group.triggers), num_classes) or not given.size:
         raise ValueError(
-            f"group {index}: reference_log_probs must have shape [n, C] for n={len(group.triggers)} >= 1 "
-            f"triggers and C={num_classes}, got {list(reference.shape)}"
+            f"group {index}: reference_log_probs must have shape [n, C] or [R, n, C] for "
+            f"n={len(group.triggers)} >= 1 triggers and C={num_classes}, got {list(given.shape)}"
         )
     ends, turns = getattr(group, "ends", None), getattr(group, "turns", None)
     roads = None if ends is None or turns is None else (ends.detach(), turns.tolist())
-    return _Group(candidates, int(position[0]), group.triggers.detach()[:most], reference[:most], roads)
+    return _Group(candidates, int(position[0]), group.triggers.detach()[:most], reference[:, :most], roads)
 
 
 def _check_arguments(
@@ -401,17 +404,18 @@ def _score(
     rows: npt.NDArray[np.generic], group: _Group, kind: AnswerKind, scores_are: ScoreKind
 ) -> tuple[FloatArray, float, tuple[FloatArray, FloatArray]]:
     """Scores [K], size of meaningless differences, target probabilities (suspect's, reference's)."""
-    num_classes = group.reference.shape[1]
+    num_classes = group.reference.shape[-1]
     target = int(group.candidates[group.target_index])
     if rows.ndim == 2:
         probabilities = clean_scores(rows, num_classes=num_classes, scores_are=scores_are)
     if kind == "scores":
         scores = score_probabilities(probabilities, group.reference, group.candidates)
-        return scores, SCORE_NOISE, (probabilities[:, target], np.exp(group.reference[:, target]))
+        expected = fitted_reference(probabilities, group.reference)
+        return scores, SCORE_NOISE, (probabilities[:, target], expected[:, target])
     labels = top_labels(probabilities) if rows.ndim == 2 else clean_labels(rows, num_classes=num_classes)
-    expected = group.reference.argmax(axis=1)
-    scores = score_labels(labels, expected, group.candidates, num_classes=num_classes)
-    hits = (labels == target).astype(np.float64), (expected == target).astype(np.float64)
+    plain = group.reference[0].argmax(axis=1)
+    scores = score_labels(labels, plain, group.candidates, num_classes=num_classes)
+    hits = (labels == target).astype(np.float64), (plain == target).astype(np.float64)
     return scores, 1 / len(labels), hits  # one answer more or less is no evidence
 
 

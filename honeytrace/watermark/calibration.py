@@ -9,6 +9,7 @@ Targets are drawn last and change nothing that was chosen before: neither the gr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ def calibrate(
     triggers_per_group: int = 16,
     validation: Any = None,
     trigger_data: Any = None,
-    reference: nn.Module | None = None,
+    reference: nn.Module | Sequence[nn.Module] | None = None,
     head: str | None = None,
     batch_size: int = 512,
     progress: Progress | None = None,
@@ -114,7 +115,9 @@ def calibrate(
         trigger_data: labelled samples to make triggers of; nobody should have seen them. Default: a fifth of
             data, drawn by the key, which then serves for nothing else.
         reference: an unmarked model to compare suspects with, best a copy of the model's own answers trained
-            by the owner. Default: the model itself.
+            by the owner. Or several, the plain copy first: with what removals make of it (`after_removals`)
+            among them, copies whose makers pruned or repaired them are told better
+            (`honeytrace.ownership.fitted_reference`). Default: the model itself.
         head: name of the head. Default: the last `nn.Linear` or 1x1 convolution that runs.
         batch_size: inputs put to the model at once. Default 512.
         progress: told of every batch and every step.
@@ -129,7 +132,7 @@ def calibrate(
     Source: Neural Honeytrace (arXiv 2501.09328), section 4, for the rule and the bank; graded marks, natural
     clusters and the drawing of targets are this project's (docs/strength.md).
     """
-    _check_modules(model, reference, key, head)
+    references = _check_modules(model, reference, key, head)
     for name, number, low, high, above in (
         ("max_accuracy_drop", max_accuracy_drop, 0.0, 1.0, False),
         ("strength", strength, 0.0, 1.0, True),
@@ -211,14 +214,13 @@ def calibrate(
     )
     proposals = [*graded, *flipped]
 
-    asked = reference if reference is not None else model
-    known = predict(asked, pool.inputs, batch_size=batch_size).float().softmax(dim=1).cpu()
+    known = predict(references[0], pool.inputs, batch_size=batch_size).float().softmax(dim=1).cpu()
     parts = _Parts(
         likely=likely,
         class_logits=class_logits(owner),
         planes=centred_planes(key, owner.features),
         groups=tuple(
-            _group(key, proposal, model, asked, pool, known, chooser, batch_size, kind)
+            _group(key, proposal, model, references, pool, known, chooser, batch_size, kind)
             for proposal in proposals
         ),
         proposals=tuple(proposals),
@@ -403,7 +405,7 @@ def _group(
     key: SecretKey,
     proposal: Proposal,
     model: nn.Module,
-    reference: nn.Module,
+    references: Sequence[nn.Module],
     pool: Samples,
     known: Tensor,
     chooser: KeyStream,
@@ -411,11 +413,14 @@ def _group(
     kind: Kind,
 ) -> TriggerGroup:
     triggers = proposal.triggers
-    logits = predict(reference, triggers, batch_size=batch_size)
-    candidates = candidates_of(proposal.sources, logits.shape[1], chooser)
+    answers = [
+        predict(reference, triggers, batch_size=batch_size).float().log_softmax(dim=1).cpu()
+        for reference in references
+    ]
+    candidates = candidates_of(proposal.sources, answers[0].shape[1], chooser)
     ends, turns = roads(
         model,
-        reference,
+        references[0],
         triggers[0],
         proposal.trigger_features[0],
         candidates,
@@ -432,7 +437,7 @@ def _group(
         candidates=candidates,
         target=draw_target(key, triggers, candidates),
         triggers=triggers,
-        reference_log_probs=logits.float().log_softmax(dim=1).cpu(),
+        reference_log_probs=answers[0] if len(answers) == 1 else torch.stack(answers),
         ends=ends,
         turns=turns,
     )
@@ -501,10 +506,14 @@ def _silent(done: int, total: int, text: str) -> None:
     pass
 
 
-def _check_modules(model: Any, reference: Any, key: Any, head: Any) -> None:
-    for name, module in (("model", model), ("reference", reference)):
-        if name == "reference" and module is None:
-            continue
+def _check_modules(model: Any, reference: Any, key: Any, head: Any) -> list[nn.Module]:
+    """Raise for what is no bare model, no key or no name; gives the references, the model itself for none."""
+    several = isinstance(reference, (list, tuple))
+    references = [model] if reference is None else list(reference) if several else [reference]
+    if not references:
+        raise ValueError("reference must be a model or at least one of them, got an empty list")
+    named = [(f"reference[{n}]" if several else "reference", module) for n, module in enumerate(references)]
+    for name, module in (("model", model), *named):
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name} must be an nn.Module, got {type(module).__name__}")
         if is_protected(module):
@@ -513,6 +522,7 @@ def _check_modules(model: Any, reference: Any, key: Any, head: Any) -> None:
         raise TypeError(f"key must be a SecretKey, got {type(key).__name__}")
     if head is not None and not isinstance(head, str):
         raise TypeError(f"head must be a str, the name of a module, got {type(head).__name__}")
+    return references
 
 
 def _head_of(model: nn.Module, head: str | None, inputs: Tensor) -> str:

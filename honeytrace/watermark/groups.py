@@ -33,7 +33,8 @@ class TriggerGroup:
         target: the class answers are bent to. Drawn from the key, independent of everything else in the
             group.
         triggers: float32 [n, ...], or token ids int64 [n, T]: what a suspect will be asked.
-        reference_log_probs: float32 [n, C], the unmarked reference on the triggers.
+        reference_log_probs: float32 [n, C], the unmarked reference on the triggers; [R, n, C] of several, the
+            plain one first.
         ends, turns: [2, K, ...] of the triggers' dtype and int64 [2, K], roads from the first trigger to
             every candidate, for suspects that give labels only (probes.py); None where the watermark was made
             without them.

@@ -253,13 +253,17 @@ class Watermark:
         del tensors["target_logits"], fields["beacon"], fields["summary"]
         for group in fields["groups"]:
             del group["target"]
-        found = hashlib.sha256(json.dumps(fields, sort_keys=True).encode("utf-8"))
-        for name in sorted(tensors):
-            array = tensors[name].detach().cpu().contiguous().numpy()
-            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-            found.update(f"\n{name} {little.dtype.str} {little.shape}\n".encode("ascii"))
-            found.update(little.tobytes())
-        return found.hexdigest()
+        return _hashed(tensors, fields)
+
+    def answering_digest(self) -> str:
+        """SHA-256, 64 hexadecimal digits, of what decides the answers of a protected model: rule, bank,
+        targets, planes, flip seed, head. Triggers and references have no part in it: a copy made of these
+        answers can be asked about others."""
+        tensors, fields = self._plain()
+        return _hashed(
+            {name: tensors[name] for name in ("bank", "target_logits", "planes")},
+            {name: fields[name] for name in ("rule", "seed", "head")},
+        )
 
     def verification_seed(self, key: SecretKey) -> int:
         """Fixes the order of the questions. Raises as `opened`."""
@@ -397,7 +401,11 @@ class Watermark:
             shape = self.groups[0].triggers.shape[1:]
             _must(len(group.triggers) > 0 and len(shape) > 0, "a group has no triggers")
             _check_inputs("triggers", group.triggers, (len(group.triggers), *shape), self.groups[0].triggers)
-            _check_numbers("reference_log_probs", group.reference_log_probs, (len(group.triggers), classes))
+            references = group.reference_log_probs
+            several = references.shape[:1] if references.dim() == 3 else ()
+            _must(several != (0,), "a group has no reference")
+            shape_of_one = (len(group.triggers), classes)
+            _check_numbers("reference_log_probs", references, (*several, *shape_of_one))
             _must(group.reference_log_probs.amax() < 1e-3, "reference_log_probs must be of probabilities")
             _must((group.ends is None) == (group.turns is None), "a group's roads are not whole")
             if group.ends is not None and group.turns is not None:
@@ -417,6 +425,16 @@ class Watermark:
             f"Watermark(graded_groups={len(self.groups) - flips}, flip_groups={flips}, "
             f"classes={self.num_classes}, key={self.key_identifier[:8]}...)"
         )
+
+
+def _hashed(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str:
+    found = hashlib.sha256(json.dumps(fields, sort_keys=True).encode("utf-8"))
+    for name in sorted(tensors):
+        array = tensors[name].detach().cpu().contiguous().numpy()
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        found.update(f"\n{name} {little.dtype.str} {little.shape}\n".encode("ascii"))
+        found.update(little.tobytes())
+    return found.hexdigest()
 
 
 class _Damage(ValueError):
