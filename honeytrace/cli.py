@@ -116,6 +116,11 @@ def key(file: Path, as_json: bool) -> None:
 @click.option("--triggers", type=FILE, help=".npz nobody has seen, to make triggers of.")
 @click.option("--reference", help="Unmarked model to compare suspects with.  [default: the model]")
 @click.option("--reference-weights", type=FILE, help="Its weights, safetensors.")
+@click.option(
+    "--after-removals",
+    is_flag=True,
+    help="Compare suspects also with what removals (trained here, on the data) make of the reference.",
+)
 @click.option("--key", "key_file", type=FILE, required=True, help="Key file.")
 @click.option("--output", type=FILE, default=Path("model.honeytrace"), show_default=True)
 @click.option("--max-accuracy-drop", type=float, default=0.005, show_default=True, help="Share of answers.")
@@ -129,6 +134,7 @@ def protect(
     triggers: Path | None,
     reference: str | None,
     reference_weights: Path | None,
+    after_removals: bool,
     key_file: Path,
     output: Path,
     max_accuracy_drop: float,
@@ -137,10 +143,13 @@ def protect(
 ) -> None:
     """Calibrate a watermark for a trained model and write it to a file, as secret as the key."""
     with refusing():
-        from honeytrace import userfiles
+        from honeytrace import removal, userfiles
+        from honeytrace.data import Split
 
         if reference is None and reference_weights is not None:
             raise click.UsageError("--reference-weights needs --reference")
+        if reference is None and after_removals:
+            raise click.UsageError("--after-removals needs --reference: an unmarked copy of the model")
         check_place(output)
         owner_key = _load_key(key_file)
         classifier = userfiles.make_module(model, weights)
@@ -149,17 +158,25 @@ def protect(
             name: None if file is None else userfiles.load_labelled(file)
             for name, file in (("validation", validation), ("trigger_data", triggers))
         }
-        with stages() as stage, stage("calibrating the watermark") as progress:
-            watermark = honeytrace.Watermark.calibrate(
-                classifier,
-                userfiles.load_labelled(data_file),
-                key=owner_key,
-                max_accuracy_drop=max_accuracy_drop,
-                flips=flips,
-                reference=compared,
-                progress=progress,
-                **labelled,
-            )
+        data = userfiles.load_labelled(data_file)
+        references = None if compared is None else [compared]
+        with stages() as stage:
+            if references is not None and after_removals:
+                with stage("taking removals to the reference") as progress:
+                    references += removal.after_removals(
+                        references[0], Split(*data), seed=0, progress=progress
+                    )
+            with stage("calibrating the watermark") as progress:
+                watermark = honeytrace.Watermark.calibrate(
+                    classifier,
+                    data,
+                    key=owner_key,
+                    max_accuracy_drop=max_accuracy_drop,
+                    flips=flips,
+                    reference=references,
+                    progress=progress,
+                    **labelled,
+                )
         watermark.save(output)
         found = {
             "file": str(output),

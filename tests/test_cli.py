@@ -125,6 +125,23 @@ def test_protect_writes_a_private_file_and_says_what_it_chose(service, road):
     assert "calibrating" not in road["protect"].stdout
 
 
+def test_protect_takes_removals_to_the_reference(service, road):
+    """A file that holds three references for each group, and is as good for serving."""
+    command = (
+        "protect --model service.py:victim --weights victim.safetensors --data owner.npz --json "
+        "--triggers triggers.npz --key owner.key --max-accuracy-drop 0.02 --output several.honeytrace "
+        "--reference service.py:victim --reference-weights victim.safetensors --after-removals"
+    )
+    found = run(service, command)
+    assert found.exit_code == 0, found.stderr
+    assert "taking removals to the reference" in found.stderr
+    several = honeytrace.Watermark.load(service / "several.honeytrace")
+    plain = honeytrace.Watermark.load(service / "m.honeytrace")
+    assert several.answering_digest() == plain.answering_digest()
+    for group, alone in zip(several.groups, plain.groups, strict=True):
+        assert group.reference_log_probs.shape == (3, *alone.reference_log_probs.shape)
+
+
 def test_extract_writes_weights_and_says_what_it_asked(service, road):
     fields = json.loads(road["extract"].stdout)
     assert fields["queries"] == 3000
@@ -182,6 +199,7 @@ EXTRACT = "extract --model service.py:victim --surrogate service.py:surrogate --
         (f"{PROTECT} service.py:victim --max-accuracy-drop 2", "max_accuracy_drop must be"),
         (f"{PROTECT} service.py:victim --output no/where/m.honeytrace", "no directory no/where"),
         (f"{PROTECT} service.py:victim --reference-weights junk", "--reference-weights needs --reference"),
+        (f"{PROTECT} service.py:victim --after-removals", "--after-removals needs --reference"),
         ("protect --data none.npz --key owner.key --model service.py:victim", "no data at none.npz"),
         ("protect --data junk --key owner.key --model service.py:victim", "junk is damaged or no .npz file"),
         ("protect --data one.npy --key owner.key --model service.py:victim", "must be an .npz file"),
