@@ -108,6 +108,7 @@ def _matrix(
 ) -> Table:
     table = Table(title, note, ["attack or removal", *plan.rows], [])
     reasons: dict[str, None] = {}
+    unmet: dict[str, dict[str, None]] = {}
     for name in (*plan.columns, *plan.removals):
         line = [name]
         for row in plan.rows:
@@ -126,11 +127,14 @@ def _matrix(
                 line.append(FAILED)
             elif not plan.meets(row, name):
                 line.append(NOT_MET)
-                reasons[f"{NOT_MET}, {row}: not in the plan; {plan.reasons[row]}."] = None
+                unmet.setdefault(plan.reasons[row], {})[row] = None
             else:
                 line.append(NOT_APPLICABLE if found else MISSING)
         table.lines.append(line)
-    table.notes = list(reasons)
+    table.notes = [
+        *reasons,
+        *(f"{NOT_MET}, {', '.join(rows)}: not in the plan; {why}." for why, rows in unmet.items()),
+    ]
     return table
 
 
