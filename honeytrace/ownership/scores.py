@@ -53,13 +53,31 @@ def score_probabilities(
     Raises:
         ValueError: shapes differ, n = 0, a candidate is no class, floor <= 0, or the reference has a NaN.
     """
+    return score_against(
+        probabilities, fitted_reference(probabilities, reference_log_probs), candidates, floor=floor
+    )
+
+
+def score_against(
+    probabilities: npt.ArrayLike,
+    expected: npt.ArrayLike,
+    candidates: npt.ArrayLike,
+    *,
+    floor: float = PROBABILITY_FLOOR,
+) -> FloatArray:
+    """`score_probabilities` with the reference fitted already: `expected` are its probabilities [n, C].
+
+    Raises:
+        ValueError: a candidate is no class, or floor <= 0.
+    """
     if not floor > 0:
         raise ValueError(f"floor must be above 0, got {floor}")
     suspect = np.asarray(probabilities, dtype=np.float64)
     classes = _check_candidates(candidates, suspect.shape[-1])
-    reference = fitted_reference(suspect, reference_log_probs)[:, classes]
-    suspect = suspect[:, classes]
-    return np.asarray((np.log(suspect + floor) - np.log(reference + floor)).mean(axis=0), dtype=np.float64)
+    reference = np.asarray(expected, dtype=np.float64)[:, classes]
+    return np.asarray(
+        (np.log(suspect[:, classes] + floor) - np.log(reference + floor)).mean(axis=0), dtype=np.float64
+    )
 
 
 def fitted_reference(probabilities: npt.ArrayLike, reference_log_probs: npt.ArrayLike) -> FloatArray:

@@ -25,7 +25,7 @@ from honeytrace.ownership.answers import (
 from honeytrace.ownership.calibrator import DEFAULT_CALIBRATOR
 from honeytrace.ownership.power import smallest_p_value
 from honeytrace.ownership.rank_test import exact_p_value, target_rank
-from honeytrace.ownership.scores import SCORE_NOISE, fitted_reference, score_labels, score_probabilities
+from honeytrace.ownership.scores import SCORE_NOISE, fitted_reference, score_against, score_labels
 from honeytrace.ownership.sequential import Rule, SequentialTest, check_alpha
 from honeytrace.ownership.suspect import Suspect, ask, keyed_order, quiet
 from honeytrace.ownership.t_test import TTest, t_test
@@ -409,8 +409,8 @@ def _score(
     if rows.ndim == 2:
         probabilities = clean_scores(rows, num_classes=num_classes, scores_are=scores_are)
     if kind == "scores":
-        scores = score_probabilities(probabilities, group.reference, group.candidates)
         expected = fitted_reference(probabilities, group.reference)
+        scores = score_against(probabilities, expected, group.candidates)
         return scores, SCORE_NOISE, (probabilities[:, target], expected[:, target])
     labels = top_labels(probabilities) if rows.ndim == 2 else clean_labels(rows, num_classes=num_classes)
     plain = group.reference[0].argmax(axis=1)
