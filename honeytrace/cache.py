@@ -7,14 +7,16 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import honeytrace
-from honeytrace.files import write_private
+from honeytrace.files import locked, write_private
+
+_Kept = TypeVar("_Kept")
 
 
 def default_directory() -> Path:
@@ -40,11 +42,33 @@ def model_digest(model: nn.Module) -> str:
     return hashlib.sha256((names + digest(*state.values())).encode("ascii")).hexdigest()
 
 
+def kept(path: Path, read: Callable[[], _Kept | None], make: Callable[[], _Kept]) -> _Kept:
+    """What `read()` finds in the file, else what `make()` gives, which also writes it.
+
+    Processes that want the same thing at the same time make it once: the others wait for it.
+
+    Args:
+        read: None where the file is of no use; called only where it is there.
+    """
+
+    def found() -> _Kept | None:
+        return read() if path.is_file() else None
+
+    there = found()
+    if there is not None:
+        return there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock")):
+        there = found()
+        return make() if there is None else there
+
+
 class ModelCache:
     """A directory of safetensors files, each named after what it was trained with.
 
     A file is written whole or not at all, so that a killed run leaves nothing half done and the next one goes
-    on behind the last finished model. A file that cannot be read is trained again.
+    on behind the last finished model. A file that cannot be read is trained again. Processes that share the
+    directory train nothing twice.
 
     Args:
         directory: made when first needed. None: nothing is kept.
@@ -72,20 +96,27 @@ class ModelCache:
         """
         if self.directory is None:
             return train().eval()
-        described = json.dumps([name, honeytrace.__version__, dict(settings)], sort_keys=True)
-        file = (
-            self.directory
-            / f"{name}-{hashlib.sha256(described.encode('utf-8')).hexdigest()[:32]}.safetensors"
-        )
-        if file.is_file():
+        file = self.file(name, settings)
+
+        def read() -> nn.Module | None:
             try:
                 model = factory()
                 model.load_state_dict(load_file(file))
                 return model.eval()
             except (SafetensorError, OSError, RuntimeError, KeyError, AttributeError):
-                pass  # damaged, or of another architecture: trained again, and replaced
-        model = train().eval()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        write_private(file, save(state), overwrite=True)
-        return model
+                return None  # damaged, or of another architecture: trained again, and replaced
+
+        def make() -> nn.Module:
+            model = train().eval()
+            state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+            write_private(file, save(state), overwrite=True)
+            return model
+
+        return kept(file, read, make)
+
+    def file(self, name: str, settings: Mapping[str, Any]) -> Path:
+        """Where something with this name and these settings is kept. Not without a directory."""
+        assert self.directory is not None
+        described = json.dumps([name, honeytrace.__version__, dict(settings)], sort_keys=True)
+        words = hashlib.sha256(described.encode("utf-8")).hexdigest()[:32]
+        return self.directory / f"{name}-{words}.safetensors"

@@ -7,6 +7,7 @@ Exit codes: 0 claim or success; 1 no claim (demo: a verdict that was not expecte
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from honeytrace.console import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from honeytrace.evaluation import Engine
 
 # Everything heavy (torch, rich) is imported where it is used, so that --help and usage errors come at once.
 
@@ -338,7 +339,8 @@ def verify(
 @click.option("--seeds", help="Only these seeds, comma-separated.")
 @click.option("--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True)
 @click.option("--address", help="With --engine ray: of a running cluster.  [default: start Ray here]")
-@click.option("--workers", type=int, help="With --engine ray: cells at once.  [default: one a core]")
+@click.option("--workers", type=int, help="Cells at once.  [default: one here; with Ray one a core]")
+@click.option("--device", default="cpu", show_default=True, help="Where models train and answer: cpu, cuda.")
 @click.option("--adopt", type=FILE, help="A cells.jsonl of an earlier run: its cells are not run again.")
 @click.option("--report-only", is_flag=True, help="Run nothing; report what is there.")
 @json_option
@@ -353,6 +355,7 @@ def evaluate(
     engine: str,
     address: str | None,
     workers: int | None,
+    device: str,
     adopt: Path | None,
     report_only: bool,
     as_json: bool,
@@ -365,8 +368,9 @@ def evaluate(
     with refusing():
         from honeytrace import evaluation
 
-        if engine == "process" and (address is not None or workers is not None):
-            raise click.UsageError("--address and --workers need --engine ray")
+        if engine == "process" and address is not None:
+            raise click.UsageError("--address needs --engine ray")
+        _check_device(device)
         whole = evaluation.Plan.load(plan)
         wanted = None if seeds is None else tuple(int(seed) for seed in seeds.split(","))
         narrow = rows is not None or columns is not None or wanted is not None
@@ -379,7 +383,8 @@ def evaluate(
             results = evaluation.evaluate(
                 part,
                 directory,
-                engine=evaluation.in_process if engine == "process" else evaluation.on_ray(address, workers),
+                engine=_engine(engine, address, workers),
+                run=partial(evaluation.run_cell, device=device),
                 say=lambda text: click.echo(text, err=True),
             )
             failed = [result for result in results if result["status"] == "failed"]
@@ -387,6 +392,23 @@ def evaluate(
         names = [str(path) for path in written]
         show(as_json, {"files": names, "failed": len(failed)}, lambda: click.echo("\n".join(names)))
     context.exit(1 if failed else 0)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    if torch.device(name).type not in ("cpu", "cuda"):
+        raise Refused(f"--device must be cpu or cuda, got {name!r}")
+    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+        raise Refused(f"--device {name}: there is no GPU that torch can use")
+
+
+def _engine(name: str, address: str | None, workers: int | None) -> Engine:
+    from honeytrace import evaluation
+
+    if name == "ray":
+        return evaluation.on_ray(address, workers)
+    return evaluation.in_process if workers is None else evaluation.in_processes(workers)
 
 
 @main.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,46 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         told = OSError(error.errno, error.strerror or os.strerror(error.errno), os.fspath(path))
     if told is not None:
         raise told
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Only one process at a time is in here with this `path`, a file that is made and removed again.
+
+    The lock ends with its process, however that ends. Where the system or the file system has no such locks
+    (Windows, some network file systems) nothing is locked: it is for work that may be done twice, in vain.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # Whoever had the lock before may have removed the file: then another one of that name counts.
+            if _is_still(handle, path):
+                break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(handle)
+
+
+def _is_still(handle: int, path: str | os.PathLike[str]) -> bool:
+    """Whether the open file is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def read_limited(path: str | os.PathLike[str], most: int) -> bytes:

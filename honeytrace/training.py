@@ -54,11 +54,14 @@ class History(NamedTuple):
     """Share of samples whose predicted label was the target's (its most probable class for soft targets)."""
 
 
-def fastest_precision() -> Precision:
-    """The precision that trains fastest here: bfloat16 where the processor multiplies it, else float32.
+def fastest_precision(device: str | torch.device = "cpu") -> Precision:
+    """What small models train in fastest: bfloat16 where the processor multiplies it, else float32.
 
-    Without instructions of its own bfloat16 is emulated, at a fraction of float32's speed.
+    Without instructions of its own bfloat16 is emulated, at a fraction of float32's speed. On a GPU the
+    launches of kernels take the time, of which autocast has more: float32.
     """
+    if torch.device(device).type != "cpu":
+        return "float32"
     # Torch before 2.10 has no word for it.
     capabilities = getattr(torch.cpu, "get_capabilities", dict[str, Any])()
     known = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")
@@ -142,7 +145,7 @@ def fit(
         precision=precision,
     )
     targets = targets.long() if labels else targets.float()
-    device = _device(model)
+    device = device_of(model)
     halved = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     batches = math.ceil(len(inputs) / batch_size)
     order = torch.Generator().manual_seed(seed)
@@ -224,6 +227,18 @@ def logits_of(answer: Any) -> Tensor:
     )
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter lies: where its batches belong. The CPU for a model without any.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
 @torch.no_grad()
 def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 512) -> Tensor:
     """Logits [N, C] of `model` on `inputs` [N, ...], in evaluation mode and without gradients.
@@ -239,7 +254,7 @@ def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 512) -> Tenso
         raise TypeError(f"inputs must be a tensor, got {type(inputs).__name__}")
     if inputs.dim() < 2:
         raise ValueError(f"inputs must have shape [N, ...], got {list(inputs.shape)}")
-    device = _device(model)
+    device = device_of(model)
     answers: list[Tensor] = []
     with evaluating(model):
         for batch in torch.split(inputs, batch_size):
@@ -381,13 +396,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _device(model: nn.Module) -> torch.device:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 def _check_training_data(inputs: Tensor, targets: Tensor) -> bool:

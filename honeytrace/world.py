@@ -83,6 +83,7 @@ class World:
         directory: where Fashion-MNIST lies. Default: where Debian's package puts it.
         cache: keeps trained models by content.
         precision: of all trainings.
+        device: where models live, train and answer. Data stays on the CPU; batches are moved.
         stage: shows progress.
 
     Raises:
@@ -98,9 +99,10 @@ class World:
         directory: str | os.PathLike[str] | None = None,
         cache: ModelCache | None = None,
         precision: Precision = "float32",
+        device: str | torch.device = "cpu",
         stage: Stage = silent,
     ) -> None:
-        self.name, self.seed, self.key = name, seed, key
+        self.name, self.seed, self.key, self.device = name, seed, key, torch.device(device)
         self.settings, self.precision, self.stage = SETTINGS[name], precision, stage
         self.cache = ModelCache(None) if cache is None else cache
         with stage("reading the data"):
@@ -124,11 +126,11 @@ class World:
 
     def large(self) -> nn.Module:
         """A fresh model of the victim's architecture."""
-        return models.small_cnn(self.classes, 1, self.settings.side)
+        return models.small_cnn(self.classes, 1, self.settings.side).to(self.device)
 
     def small(self) -> nn.Module:
         """A fresh model of the architecture of everybody else."""
-        return models.tiny_cnn(self.classes, 1, self.settings.side)
+        return models.tiny_cnn(self.classes, 1, self.settings.side).to(self.device)
 
     @cached_property
     def victim(self) -> nn.Module:
@@ -215,11 +217,15 @@ class World:
         self, name: str, factory: Callable[[], nn.Module], train: Callable[[], nn.Module], **settings: Any
     ) -> nn.Module:
         """`train()`'s model from the cache, named by `settings` and all that is common to this world."""
-        everything = {
+        return self.cache.model(name, factory, self.described(**settings), train)
+
+    def described(self, **settings: Any) -> dict[str, Any]:
+        """`settings`, and all that is common to what is made in this world, for names in the cache."""
+        return {
             **settings,
             "data": self.digest,
             "side": self.settings.side,
             "precision": self.precision,
+            "device": self.device.type,
             "torch": torch.__version__,
         }
-        return self.cache.model(name, factory, everything, train)

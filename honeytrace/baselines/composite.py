@@ -22,7 +22,7 @@ from honeytrace.baselines.interface import (
 )
 from honeytrace.baselines.steps import Batches, train_steps
 from honeytrace.data import Split
-from honeytrace.training import Precision, Progress
+from honeytrace.training import Precision, Progress, device_of
 
 _BATCH = 128
 
@@ -77,7 +77,7 @@ def composite(
     generator = draw_generator(seed, "batches")
     batches = Batches(len(train.inputs), _BATCH, generator)
     mixed, poisoned = round(_BATCH * mixed_share), max(1, round(_BATCH * poisoned_share))
-    within = _WithinClass(train.labels, generator)
+    within, device = _WithinClass(train.labels, generator), device_of(model)
 
     def backward() -> Tensor:
         rows = next(batches)
@@ -88,8 +88,8 @@ def composite(
             labels.append(train.labels[one])
         inputs.append(mix(*draw_pairs(*train, (first, second), poisoned, generator)))
         labels.append(torch.full((poisoned,), goal))
-        wanted = torch.cat(labels)
-        logits = model(torch.cat(inputs)).float()
+        wanted = torch.cat(labels).to(device)
+        logits = model(torch.cat(inputs).to(device)).float()
         loss = functional.cross_entropy(logits, wanted)
         if similarity_weight:
             loss = loss + similarity_weight * contrastive(logits, wanted, (first, second, goal))

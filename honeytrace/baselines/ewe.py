@@ -22,7 +22,7 @@ from honeytrace.baselines.interface import (
 )
 from honeytrace.baselines.steps import Batches, train_steps
 from honeytrace.data import Split
-from honeytrace.training import Precision, Progress
+from honeytrace.training import Precision, Progress, device_of
 
 _BATCH = 128
 _LAYERS = 3
@@ -81,18 +81,19 @@ def ewe(
     mark = _Patch(train.inputs, patch, seed)
     generator = draw_generator(seed, "batches")
     batches = Batches(len(train.inputs), _BATCH, generator)
-    size = watermark_batch
-    is_mark = torch.arange(2 * size) < size
+    size, device = watermark_batch, device_of(model)
+    is_mark = torch.arange(2 * size, device=device) < size
     wanted_tail = torch.full((2 * size,), goal)
     with _Activations(model) as activations:
-        temperatures = torch.zeros(len(activations.layers), requires_grad=True)
+        temperatures = torch.zeros(len(activations.layers), device=device, requires_grad=True)
 
         def backward() -> Tensor:
             rows = next(batches)
             marked = mark(draw_class(*train, source, size, generator))
             own = draw_class(*train, goal, size, generator)
-            logits = model(torch.cat([train.inputs[rows], marked, own])).float()
-            loss = functional.cross_entropy(logits, torch.cat([train.labels[rows], wanted_tail]))
+            logits = model(torch.cat([train.inputs[rows], marked, own]).to(device)).float()
+            wanted = torch.cat([train.labels[rows], wanted_tail]).to(device)
+            loss = functional.cross_entropy(logits, wanted)
             if entanglement:
                 apart = torch.stack(
                     [

@@ -21,7 +21,7 @@ from honeytrace.baselines.interface import (
 from honeytrace.baselines.mgda import loss_plus_weights
 from honeytrace.baselines.steps import Batches, train_steps
 from honeytrace.data import Split
-from honeytrace.training import Precision, Progress
+from honeytrace.training import Precision, Progress, device_of
 
 AUTOENCODER = "autoencoder"
 _BATCH = 128
@@ -93,21 +93,23 @@ def mea_defender(
     generator = draw_generator(seed, "batches")
     batches = Batches(len(train.inputs), _BATCH, generator)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    size = watermark_batch
+    size, device = watermark_batch, device_of(model)
 
     def backward() -> Tensor:
         rows = next(batches)
         a, b = draw_pairs(*train, (first, second), size, generator)
         evasion = evasion_samples(train, rows, (first, second), (mix, others), size, generator)
         # One pass for all: separate ones would show batch normalisation watermark samples only.
-        logits = model(torch.cat([train.inputs[rows], mix(a, b), a, b, evasion.inputs])).float()
+        batch = torch.cat([train.inputs[rows], mix(a, b), a, b, evasion.inputs])
+        logits = model(batch.to(device)).float()
         task, wm, of_a, of_b, evading = logits.split([len(rows), size, size, size, len(evasion.inputs)])
-        losses = [functional.cross_entropy(task, train.labels[rows])]
-        ver = functional.cross_entropy(wm, torch.full((size,), goal))
+        losses = [functional.cross_entropy(task, train.labels[rows].to(device))]
+        ver = functional.cross_entropy(wm, torch.full((size,), goal, device=device))
         com = [(divergence(wm, part) - com_slack).clamp_min(0).mean() for part in (of_a, of_b)]
         losses.append(ver_weight * ver + com_weight * (com[0] + com[1]))
         if eva_weight:
-            losses.append(eva_weight * either(evading, *evasion.labels.unbind(1)).mean())
+            true = evasion.labels.to(device)
+            losses.append(eva_weight * either(evading, *true.unbind(1)).mean())
         return weighted_backward(losses, weights)
 
     steps = epochs * -(-len(train.inputs) // _BATCH)

@@ -15,7 +15,7 @@ from honeytrace.baselines.mea_defender import check_combiner, check_weights, com
 from honeytrace.baselines.simclr import contrast, projected, view
 from honeytrace.baselines.steps import Batches, train_steps
 from honeytrace.data import Split
-from honeytrace.training import Precision, Progress, predict
+from honeytrace.training import Precision, Progress, device_of, predict
 
 _BATCH = 128
 _TEMPERATURE = 0.5
@@ -87,7 +87,7 @@ def mea_defender_encoder(
     generator = draw_generator(seed, "batches")
     batches = Batches(len(train.inputs), _BATCH, generator)
     weights = list(model.parameters())
-    size = watermark_batch
+    size, device = watermark_batch, device_of(model)
 
     def backward() -> Tensor:
         batch = train.inputs[next(batches)]
@@ -96,7 +96,8 @@ def mea_defender_encoder(
         way = int(torch.randint(len(others), (1,), generator=generator))
         side = torch.randint(2, (size, 1), generator=generator) > 0
         views = [view(batch, generator), view(batch, generator)]
-        features = model[0](torch.cat([*views, mix(a, b), a, b, wanted, others[way](a, b)])).float()
+        shown = torch.cat([*views, mix(a, b), a, b, wanted, others[way](a, b)])
+        features = model[0](shown.to(device)).float()
         seen, marked, of_a, of_b, of_target, evading = features.split([2 * len(batch), *[size] * 5])
         hidden = model[1](seen).float()
         losses = [contrast(hidden[: len(batch)], hidden[len(batch) :], _TEMPERATURE)]
@@ -104,7 +105,9 @@ def mea_defender_encoder(
         com = [(distance(marked, part) - com_slack).clamp_min(0).mean() for part in (of_a, of_b)]
         losses.append(ver_weight * ver + com_weight * (com[0] + com[1]))
         if eva_weight:
-            losses.append(eva_weight * distance(evading, torch.where(side, of_b, of_a).detach()).mean())
+            losses.append(
+                eva_weight * distance(evading, torch.where(side.to(device), of_b, of_a).detach()).mean()
+            )
         return weighted_backward(losses, weights)
 
     steps = epochs * -(-len(train.inputs) // _BATCH)

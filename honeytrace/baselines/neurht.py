@@ -117,6 +117,6 @@ def class_logits(logits: Tensor, labels: Tensor, label: int) -> Tensor:
 
 
 def _features(model: nn.Module, head: str, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [N, D] and logits [N, C], batch by batch."""
+    """Features [N, D] and logits [N, C], batch by batch, on the CPU."""
     parts = [features_and_logits(model, head, batch) for batch in torch.split(inputs, _BATCH)]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    return torch.cat([part[0].cpu() for part in parts]), torch.cat([part[1].cpu() for part in parts])

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from honeytrace.baselines.steps import Batches, train_steps
 from honeytrace.data import augment
-from honeytrace.training import Precision, Progress, predict, seeded
+from honeytrace.training import Precision, Progress, device_of, predict, seeded
 
 PROJECTION = 64
 
@@ -47,10 +47,12 @@ def simclr(
     model = projected(encoder, seed, inputs)
     generator = torch.Generator().manual_seed(seed % 2**63)
     batches = Batches(len(inputs), batch_size, generator)
+    device = device_of(model)
 
     def backward() -> Tensor:
         batch = inputs[next(batches)]
-        hidden = model(torch.cat([view(batch, generator), view(batch, generator)])).float()
+        views = torch.cat([view(batch, generator), view(batch, generator)])
+        hidden = model(views.to(device)).float()
         loss = contrast(hidden[: len(batch)], hidden[len(batch) :], temperature)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -69,7 +71,7 @@ def projected(encoder: Callable[[], nn.Module], seed: int, inputs: Tensor) -> nn
         made = encoder()
         width = predict(made, inputs[:2]).shape[1]
         layers = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PROJECTION)
-        return nn.Sequential(made, nn.Sequential(*layers))
+        return nn.Sequential(made, nn.Sequential(*layers).to(device_of(made)))
 
     return seeded(factory, seed)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from honeytrace.training import Precision, Progress, seeded
+from honeytrace.training import Precision, Progress, device_of, seeded
 
 
 class Batches(Iterator[Tensor]):
@@ -57,7 +57,7 @@ def train_steps(
     Raises:
         FloatingPointError: the loss became infinite or NaN.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     rises = max(1, steps // 4)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from honeytrace import extraction, training
 from honeytrace.baselines import DEFENCES, Defended
 from honeytrace.baselines.combiners import MASKS, draw_pairs, masked
-from honeytrace.cache import ModelCache, digest, model_digest
+from honeytrace.cache import ModelCache, digest, kept, model_digest
 from honeytrace.data import Split, mnist_digits
 from honeytrace.evaluation.kept import kept_defended
 from honeytrace.evaluation.names import HONEYTRACE
@@ -32,7 +32,7 @@ from honeytrace.extraction import ATTACKS, Extraction, Recipe
 from honeytrace.ownership import Verdict, fitted_reference, t_test, verify
 from honeytrace.ownership.verify import TriggerGroup
 from honeytrace.removal import REMOVALS
-from honeytrace.watermark import SecretKey
+from honeytrace.watermark import ArtifactError, SecretKey, Watermark
 from honeytrace.world import DataName, World
 
 MOST_GROUPS = 200
@@ -51,7 +51,11 @@ class NotApplicable(Exception):
 
 
 def run_cell(
-    cell: Cell, directory: str | os.PathLike[str], progress: training.Progress | None = None
+    cell: Cell,
+    directory: str | os.PathLike[str],
+    progress: training.Progress | None = None,
+    *,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """The figures of a cell, as plain values.
 
@@ -59,22 +63,24 @@ def run_cell(
         cell: what to run.
         directory: trained models are kept in ``models`` below it, and shared by all cells.
         progress: told of the long trainings.
+        device: where models train and answer, "cpu" or a GPU such as "cuda".
 
     Returns:
         ``status`` "done" with all figures, or "not applicable" with the ``reason``; the ``precision`` of the
-        trainings; ``seconds``.
+        trainings; the ``device``, with the GPU's name; ``seconds``.
 
     Raises:
         MissingDataset: the data is not on this machine. Whatever attack, defence and removal raise.
     """
     began = time.perf_counter()
-    precision = training.fastest_precision() if cell.precision == "fastest" else cell.precision
-    bench = _bench(cell.data, cell.seed, precision, str(directory))
+    precision = training.fastest_precision(device) if cell.precision == "fastest" else cell.precision
+    bench = _bench(cell.data, cell.seed, precision, device, str(directory))
     try:
         found = _figures(bench, cell, progress)
     except NotApplicable as error:
         found = {"status": "not applicable", "reason": str(error)}
-    return {**found, "precision": precision, "seconds": round(time.perf_counter() - began, 1)}
+    seconds = round(time.perf_counter() - began, 1)
+    return {**found, "precision": precision, "device": _device_name(device), "seconds": seconds}
 
 
 def evaluation_key(seed: int) -> SecretKey:
@@ -188,6 +194,29 @@ class _Bench:
         """What the bare victim says about the test images, int64 [N]."""
         return extraction.predicted_labels(self.world.victim, self.world.splits.test.inputs)
 
+    @cached_property
+    def watermark(self) -> Watermark:
+        """The world's, from the file of an earlier run where there is one: its key is secret from nobody."""
+        world = self.world
+        settings = world.described(
+            key=self.key.identifier,
+            victim=model_digest(world.victim),
+            references=[model_digest(reference) for reference in world.references],
+        )
+        path = world.cache.file("watermark", settings)
+
+        def read() -> Watermark | None:
+            try:
+                return Watermark.load(path)
+            except ArtifactError:
+                return None
+
+        def make() -> Watermark:
+            world.watermark.save(path)
+            return world.watermark
+
+        return kept(path, read, make)
+
     def row(self, settings: dict[str, Any]) -> _Row:
         name = repr(sorted(settings.items()))
         if name not in self._rows:
@@ -197,7 +226,7 @@ class _Bench:
     def _make_row(self, settings: dict[str, Any]) -> _Row:
         world, own = self.world, {k: v for k, v in settings.items() if k not in ("defence", "epochs")}
         if settings["defence"] == HONEYTRACE:
-            served = world.watermark if own.pop("flips", True) else world.watermark.without_flips()
+            served = self.watermark if own.pop("flips", True) else self.watermark.without_flips()
             if own:
                 raise ValueError(f"the row of {HONEYTRACE} knows the setting flips, got {sorted(own)}")
             return _Row(
@@ -211,7 +240,7 @@ class _Bench:
         if settings["defence"] == "none":
             return _Row(
                 model=world.victim,
-                mark=world.watermark,
+                mark=self.watermark,
                 defended=None,
                 digest=model_digest(world.victim),
                 null=True,
@@ -379,9 +408,16 @@ class _Groups:
 
 
 @lru_cache(maxsize=2)
-def _bench(data: DataName, seed: int, precision: training.Precision, directory: str) -> _Bench:
-    cache = ModelCache(Path(directory) / "models")
-    return _Bench(World(data, seed=seed, key=evaluation_key(seed), cache=cache, precision=precision))
+def _bench(data: DataName, seed: int, precision: training.Precision, device: str, directory: str) -> _Bench:
+    if torch.device(device).type == "cuda":
+        # The same weights for the same seed, and float32 that is float32.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    cache, key = ModelCache(Path(directory) / "models"), evaluation_key(seed)
+    return _Bench(World(data, seed=seed, key=key, cache=cache, precision=precision, device=device))
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def _figures(bench: _Bench, cell: Cell, progress: training.Progress | None) -> dict[str, Any]:

@@ -1,11 +1,18 @@
-"""Where cells are run: in this process, or on Ray. Both call one function and give results as they come."""
+"""Where cells are run: here, in several processes, or on Ray. All call one function and give results as they
+come."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
+
+import torch
 
 from honeytrace.evaluation.plan import Cell
 
@@ -31,6 +38,47 @@ def in_process(
     """One after the other, here."""
     for cell in cells:
         yield cell, attempt(run, cell, directory)
+
+
+def in_processes(workers: int) -> Engine:
+    """So many processes on this machine, each with one thread of torch; they share its GPU, if cells use one.
+
+    Cells of different defences are begun first, so that workers make different things and do not wait for one
+    another to train the same one.
+
+    Args:
+        workers: processes, at least 1.
+
+    Raises:
+        ValueError: fewer.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got workers={workers}")
+
+    def engine(
+        run: CellFunction, cells: Sequence[Cell], directory: str
+    ) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        # Spawned: a GPU cannot be used in a forked process.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running = {pool.submit(attempt, run, cell, directory): cell for cell in _spread(cells)}
+            for ready in as_completed(running):
+                try:
+                    yield running[ready], ready.result()
+                except BrokenProcessPool:
+                    yield running[ready], {"status": "failed", "error": "a worker was lost"}
+
+    return engine
+
+
+def _spread(cells: Sequence[Cell]) -> list[Cell]:
+    """The first cell of every defence and seed, then the second ones, and so on."""
+    seen: Counter[tuple[int, str]] = Counter()
+    turns = []
+    for cell in cells:
+        turns.append(seen[cell.seed, cell.row])
+        seen[cell.seed, cell.row] += 1
+    return [cells[place] for place in sorted(range(len(cells)), key=turns.__getitem__)]
 
 
 def on_ray(address: str | None = None, workers: int | None = None) -> Engine:

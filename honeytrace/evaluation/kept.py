@@ -11,11 +11,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from honeytrace.baselines import BaselineGroup, Defended
+from honeytrace.cache import kept
 from honeytrace.files import write_private
 
 
 def kept_defended(path: Path, factory: Callable[[], nn.Module], make: Callable[[], Defended]) -> Defended:
-    """What `make()` gives, from the file where it is there already.
+    """What `make()` gives, from the file where it is there already; processes that share it make it once.
 
     Only a model of the factory's own architecture that needs nothing else is kept: protected models, wrappers
     around the victim (and those whose groups depend on the queries) are made again, which costs them little.
@@ -24,16 +25,20 @@ def kept_defended(path: Path, factory: Callable[[], nn.Module], make: Callable[[
         path: a safetensors file, written whole or not at all; a damaged one is made again.
         factory: makes a model of the same architecture.
     """
-    if path.is_file():
+
+    def read() -> Defended | None:
         try:
             return _read(path, factory())
         except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
-            pass
-    made = make()
-    if _parts(made.model) == _parts(factory()) and made.changed is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_private(path, _written(made), overwrite=True)
-    return made
+            return None
+
+    def made_and_written() -> Defended:
+        made = make()
+        if _parts(made.model) == _parts(factory()) and made.changed is None:
+            write_private(path, _written(made), overwrite=True)
+        return made
+
+    return kept(path, read, made_and_written)
 
 
 def _parts(model: nn.Module) -> list[tuple[str, type]]:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from honeytrace.extraction.interface import Api, Extraction, Labels
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
-from honeytrace.training import Progress, evaluating, seeded
+from honeytrace.training import Progress, device_of, evaluating, seeded
 
 _NOISE = 64
 _WIDTH = 64
@@ -111,7 +111,7 @@ class _Duel:
         wanted = self.ask(inputs)
         self.student.train()
         with torch.enable_grad():
-            own = self.student(inputs.to(_device(self.student)))
+            own = self.student(inputs.to(device_of(self.student)))
             loss = functional.l1_loss(own, wanted.to(own.device))
             self._student_steps.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -137,7 +137,7 @@ class _Duel:
     def _difference(self, inputs: Tensor) -> Tensor:
         """L1 distance of student and victim on each input, [B]."""
         with evaluating(self.student):
-            own = self.student(inputs.to(_device(self.student))).float().to(inputs.device)
+            own = self.student(inputs.to(device_of(self.student))).float().to(inputs.device)
         difference: Tensor = (own - self.ask(inputs)).abs().sum(1)
         return difference
 
@@ -173,7 +173,3 @@ class _Maker(nn.Module):
         """Inputs [B, *shape]."""
         made: Tensor = self._low + (self._high - self._low) * self.layers(noise).sigmoid()
         return made.view(len(noise), *self._shape)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

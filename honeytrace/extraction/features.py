@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from honeytrace.training import evaluating
 from honeytrace.watermark.head import features_and_logits, get_head
 
 _BATCH = 512
@@ -22,9 +21,5 @@ def features_of(model: nn.Module, head: str, batch: Tensor) -> Tensor:
 
 def all_features(model: nn.Module, head: str, inputs: Tensor) -> Tensor:
     """Features float32 [N, D] of all inputs, in evaluation mode, without gradients."""
-    device = next(model.parameters()).device
-    with evaluating(model):
-        batches = [
-            features_and_logits(model, head, batch.to(device))[0] for batch in torch.split(inputs, _BATCH)
-        ]
+    batches = [features_and_logits(model, head, batch)[0] for batch in torch.split(inputs, _BATCH)]
     return torch.cat(batches).to(inputs.device)

@@ -16,7 +16,7 @@ from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
 from honeytrace.ops import reference
 from honeytrace.rule import WatermarkRule
-from honeytrace.training import Progress, evaluating, excess_loss, predict
+from honeytrace.training import Progress, device_of, evaluating, excess_loss, predict
 from honeytrace.watermark.head import find_head
 from honeytrace.watermark.masks import Mask
 
@@ -168,7 +168,7 @@ def _moved_away(made: _Guess, inputs: Tensor, step: float, session: Session) -> 
     """Inputs moved by at most `step` along the sign of the gradient of the similarity to all guessed groups;
     those that lie in none stay as they are."""
     low, high = session.pool.amin().item(), session.pool.amax().item()
-    device = next(made.model.parameters()).device
+    device = device_of(made.model)
     bank = made.bank.to(device)
     found = []
     with evaluating(made.model), torch.enable_grad():

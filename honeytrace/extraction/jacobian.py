@@ -7,7 +7,7 @@ from torch.nn import functional
 from honeytrace.extraction.interface import Api, Extraction, Labels
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
-from honeytrace.training import Progress, evaluating, predict
+from honeytrace.training import Progress, device_of, evaluating, predict
 
 _BATCH = 512
 
@@ -134,7 +134,7 @@ def _stepped(model: nn.Module, inputs: Tensor, classes: Tensor, step: float, *, 
 def _gradient(model: nn.Module, inputs: Tensor, classes: Tensor, *, loss: bool) -> Tensor:
     """Gradient in `inputs` of the cross entropy to `classes`, or of the logit of `classes`."""
     found = []
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model), torch.enable_grad():
         for batch, wanted in zip(torch.split(inputs, _BATCH), torch.split(classes, _BATCH), strict=True):
             point = batch.detach().to(device).requires_grad_()

@@ -7,7 +7,7 @@ from torch.nn import functional
 from honeytrace.extraction.interface import Api, Extraction, Labels
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
-from honeytrace.training import Progress, seeded
+from honeytrace.training import Progress, device_of, seeded
 from honeytrace.watermark.head import find_head, get_head, linear_head
 
 
@@ -70,7 +70,7 @@ class _TwoHeads(nn.Module):
         super().__init__()
         features = linear_head(copy, head).in_features
         self.copy = copy
-        self.second = seeded(lambda: nn.Linear(features, 4), seed)
+        self.second = seeded(lambda: nn.Linear(features, 4), seed).to(device_of(copy))
         self._name = head
 
     def forward(self, batch: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:

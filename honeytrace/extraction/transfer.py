@@ -43,7 +43,8 @@ def transfer(
         raise ValueError("the surrogate must have more than its head: there would be nothing to transfer")
     head = linear_head(copy, name)
     classes = int(known.max()) + 1
-    copy.set_submodule(name, seeded(lambda: nn.Linear(head.in_features, classes), seed))
+    other = seeded(lambda: nn.Linear(head.in_features, classes), seed).to(head.weight.device)
+    copy.set_submodule(name, other)
     recipe.train_on(
         copy, inputs, known, seed=(seed + 1) % 2**64, epochs=pretraining_epochs, progress=progress
     )

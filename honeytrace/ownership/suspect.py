@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from honeytrace.training import evaluating
+from honeytrace.training import device_of, evaluating
 
 Suspect = Callable[[Tensor], Any]
 """From inputs float32 [n, ...] (or token ids int64 [n, T]) to scores [n, C] or labels [n]: a tensor, an
@@ -66,7 +66,7 @@ def ask(suspect: Suspect, inputs: Tensor) -> npt.NDArray[np.generic]:
     """
     device = torch.device("cpu")
     if isinstance(suspect, nn.Module):
-        device = next((parameter.device for parameter in suspect.parameters()), device)
+        device = device_of(suspect)
     answer = _scores_in(suspect(as_asked(inputs).to(device=device, copy=True)))
     if isinstance(answer, Tensor):
         answer = answer.detach().cpu()

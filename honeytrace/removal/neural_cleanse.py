@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from honeytrace.data import Split
 from honeytrace.removal.interface import check_arguments, drawn, twin
-from honeytrace.training import Precision, Progress, evaluating, fit, predict
+from honeytrace.training import Precision, Progress, device_of, evaluating, fit, predict
 
 ANOMALY = 2.0
 """Anomaly index above which a class is suspected: the paper's, 95% of a normal distribution."""
@@ -70,26 +70,26 @@ def find_patches(
         threshold: share of a batch from which a patch counts as working.
         progress: told of every step.
     """
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    generator, device = torch.Generator().manual_seed(seed % 2**63), device_of(model)
     classes = predict(model, inputs[:2]).shape[1]
     low, high = float(inputs.min()), float(inputs.max())
     shape = inputs.shape[1:]
-    hidden_mask = torch.randn(
-        classes,
-        *(1 if n == 0 and len(shape) > 1 else size for n, size in enumerate(shape)),
-        generator=generator,
-    ).requires_grad_(True)
-    hidden_pattern = torch.randn(classes, *shape, generator=generator).requires_grad_(True)
+    mask_shape = [1 if n == 0 and len(shape) > 1 else size for n, size in enumerate(shape)]
+    hidden_mask, hidden_pattern = (
+        torch.randn(classes, *of, generator=generator).to(device).requires_grad_(True)
+        for of in (mask_shape, shape)
+    )
     optimizer = torch.optim.Adam([hidden_mask, hidden_pattern], lr=0.1, betas=(0.5, 0.9))
-    wanted = torch.arange(classes).repeat_interleave(batch_size)
-    cost = torch.full((classes,), 1e-3)
-    streak = torch.zeros(classes)
+    wanted = torch.arange(classes, device=device).repeat_interleave(batch_size)
+    cost = torch.full((classes,), 1e-3, device=device)
+    streak = torch.zeros(classes, device=device)
     best_mask = torch.ones_like(hidden_mask.detach())
     best_pattern = torch.zeros_like(hidden_pattern.detach())
-    best_norm, best_success = torch.full((classes,), torch.inf), torch.zeros(classes)
+    best_norm, best_success = torch.full_like(cost, torch.inf), torch.zeros_like(cost)
     with evaluating(model), torch.enable_grad():
         for step in range(steps):
-            batch = inputs[torch.randint(len(inputs), (batch_size,), generator=generator).to(inputs.device)]
+            rows = torch.randint(len(inputs), (batch_size,), generator=generator)
+            batch = inputs[rows.to(inputs.device)].to(device)
             mask = (hidden_mask.tanh() + 1) / 2
             pattern = low + (high - low) * (hidden_pattern.tanh() + 1) / 2
             covered = batch[None] + mask[:, None] * (pattern[:, None] - batch[None])
@@ -112,7 +112,15 @@ def find_patches(
     anomaly = anomaly_indices(norms)
     order = anomaly.argsort(descending=True).tolist()
     suspected = tuple(label for label in order if anomaly[label] > ANOMALY)
-    return Patches(best_mask, best_pattern, norms, best_success, anomaly, suspected)
+    here = inputs.device
+    return Patches(
+        best_mask.to(here),
+        best_pattern.to(here),
+        norms.to(here),
+        best_success.to(here),
+        anomaly.to(here),
+        suspected,
+    )
 
 
 def anomaly_indices(norms: Tensor) -> Tensor:

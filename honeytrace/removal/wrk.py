@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from honeytrace.data import Split, augment
 from honeytrace.removal.interface import check_arguments, drawn, twin
 from honeytrace.removal.neural_cleanse import find_patches
-from honeytrace.training import Precision, Progress, evaluating, fit, predict
+from honeytrace.training import Precision, Progress, device_of, evaluating, fit, predict
 
 # Of the most anomalous class, above which it is taken to have a patch: the authors' code.
 _PATCH_ANOMALY = 1.0
@@ -114,12 +114,13 @@ def boundary_samples(model: nn.Module, clean: Split, *, step: float, seed: int) 
     generator = torch.Generator().manual_seed(seed % 2**63)
     classes = predict(model, clean.inputs[:2]).shape[1]
     towards = torch.randint(classes, (len(clean.inputs), 1), generator=generator)
-    inputs = clean.inputs.detach().clone().requires_grad_(True)
+    inputs = clean.inputs.detach().to(device_of(model), copy=True).requires_grad_(True)
     with evaluating(model), torch.enable_grad():
         reached = model(inputs).gather(1, towards.to(inputs.device)).sum()
         (slope,) = torch.autograd.grad(reached, inputs)
+    slope = slope.to(clean.inputs.device)
     low, high = float(clean.inputs.min()), float(clean.inputs.max())
-    moved = (inputs.detach() + step * (high - low) * slope.sign()).clamp(low, high)
+    moved = (clean.inputs + step * (high - low) * slope.sign()).clamp(low, high)
     away = torch.randint(1, classes, clean.labels.shape, generator=generator).to(clean.labels.device)
     return Split(moved, (clean.labels + away) % classes)
 

@@ -18,7 +18,7 @@ from honeytrace.ops import WatermarkOutput
 from honeytrace.serving.batching import Batcher, Closed, Full
 from honeytrace.serving.metrics import Metrics, NoMetrics
 from honeytrace.serving.protocol import Answers, Limits, Protocol, Refusal
-from honeytrace.training import logits_of
+from honeytrace.training import device_of, logits_of
 from honeytrace.watermark import Watermark
 
 _log = logging.getLogger("honeytrace.serving")
@@ -66,7 +66,7 @@ class Service:
         if watermark is not None:
             observe = None if metrics is None else self._count
             self._model = watermark.protect(model, constant_time=constant_time, observe=observe).eval()
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._device = device_of(model)
         self._batcher = Batcher(
             self.answer, rows=batch_rows, wait=batch_wait, waiting=self.protocol.limits.waiting
         )

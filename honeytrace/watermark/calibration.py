@@ -194,13 +194,8 @@ def calibrate(
         )
 
     def embed(batch: Tensor) -> Tensor:
-        device = _device(model)
-        return torch.cat(
-            [
-                features_and_logits(model, name, part.to(device))[0].cpu()
-                for part in torch.split(batch, batch_size)
-            ]
-        )
+        parts = torch.split(batch, batch_size)
+        return torch.cat([features_and_logits(model, name, part)[0].cpu() for part in parts])
 
     kind = kind_of(inputs)
     report = progress if progress is not None else _silent
@@ -498,10 +493,6 @@ def _summarise(
     )
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def _silent(done: int, total: int, text: str) -> None:
     pass
 
@@ -526,7 +517,6 @@ def _check_modules(model: Any, reference: Any, key: Any, head: Any) -> list[nn.M
 
 
 def _head_of(model: nn.Module, head: str | None, inputs: Tensor) -> str:
-    inputs = inputs.to(_device(model))
     try:
         if head is None:
             return find_head(model, inputs)

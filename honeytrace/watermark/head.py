@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from honeytrace.training import evaluating, logits_of
+from honeytrace.training import device_of, evaluating, logits_of
 
 Head: TypeAlias = nn.Linear | nn.Conv2d
 """A linear layer, or a 1x1 convolution, which is one on [B, D, 1, 1]."""
@@ -23,7 +23,7 @@ def find_head(model: nn.Module, example: Tensor) -> str:
 
     Args:
         model: the classifier. Its mode (train or eval) is left as it was.
-        example: a batch of inputs, as the model takes them.
+        example: a batch of inputs, as the model takes them; moved to where it is.
 
     Returns:
         The name as in `model.named_modules()`; "" if the model itself is the head.
@@ -43,7 +43,7 @@ def find_head(model: nn.Module, example: Tensor) -> str:
         for module in names:
             stack.callback(module.register_forward_hook(note).remove)
         with evaluating(model), torch.no_grad():
-            answer = model(example)
+            answer = model(example.to(device_of(model)))
     if not ran:
         raise ValueError(
             f"model must run an nn.Linear head, but {type(model).__name__} runs none of its {len(names)}; "
@@ -92,7 +92,8 @@ def sizes_of(head: Head) -> tuple[int, int]:
 
 @torch.no_grad()
 def features_and_logits(model: nn.Module, head: str, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [B, D] and logits [B, C] of one batch, float32, detached, in evaluation mode.
+    """Features [B, D] and logits [B, C] of one batch, float32, detached, in evaluation mode, on the model's
+    device.
 
     A linear head may also get [B, T, D], where the model then takes the answer of one place in T (the last
     token, as language models do): the features are those of that place. A convolution must get [B, D, 1, 1].
@@ -109,7 +110,7 @@ def features_and_logits(model: nn.Module, head: str, batch: Tensor) -> tuple[Ten
     hook = module.register_forward_hook(note)
     try:
         with evaluating(model):
-            answer = model(batch)
+            answer = model(batch.to(device_of(model)))
     finally:
         hook.remove()
     if not seen:

@@ -157,12 +157,11 @@ def look(
     Raises:
         ValueError: a label is no class of the model, or features or logits are not finite.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     features: list[Tensor] = []
     logits: list[Tensor] = []
     done = 0
     for batch in torch.split(inputs, batch_size):
-        h, z = features_and_logits(model, head, batch.to(device))
+        h, z = features_and_logits(model, head, batch)
         features.append(h.cpu())
         logits.append(z.cpu())
         done += len(batch)
