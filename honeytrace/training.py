@@ -17,6 +17,9 @@ Precision: TypeAlias = Literal["float32", "bfloat16"]
 # Share of all steps in which the learning rate rises.
 _RISE = 0.25
 
+# Bytes of samples that are moved to the model's device at once, and not batch by batch.
+_MOVED_AT_ONCE = 2**30
+
 
 class Progress(Protocol):
     """What long work reports to, so that whoever calls can draw a bar."""
@@ -109,7 +112,8 @@ def fit(
 
     Args:
         model: maps [B, ...] to logits [B, C], or what `logits_of` finds them in. It is trained where its
-            weights are; batches are moved there. Left in evaluation mode.
+            weights are; samples are moved there (1 GiB at once, more of them batch by batch). Left in
+            evaluation mode.
         inputs: floating point [N, ...], or token ids int64 [N, T].
         targets: integer labels [N] in 0..C-1, or probabilities [N, C] (rows sum to 1 within 1e-3).
         epochs: passes over the data, at least 1.
@@ -146,6 +150,8 @@ def fit(
     )
     targets = targets.long() if labels else targets.float()
     device = device_of(model)
+    if inputs.nbytes + targets.nbytes <= _MOVED_AT_ONCE:
+        inputs, targets = inputs.to(device), targets.to(device)
     halved = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     batches = math.ceil(len(inputs) / batch_size)
     order = torch.Generator().manual_seed(seed)
@@ -158,14 +164,13 @@ def fit(
         model.train()
         for epoch in range(epochs):
             loss_sum = torch.zeros((), dtype=torch.float64)
-            hits = 0
-            for number, chosen in enumerate(
-                torch.randperm(len(inputs), generator=order).tensor_split(batches)
-            ):
+            hits = torch.zeros((), dtype=torch.int64, device=device)
+            rows = torch.randperm(len(inputs), generator=order).to(inputs.device)
+            for number, chosen in enumerate(rows.tensor_split(batches)):
                 step = epoch * batches + number
                 for group in steps.param_groups:
                     group["lr"] = learning_rate * _one_cycle(step, epochs * batches)
-                batch = inputs[chosen.to(inputs.device)]
+                batch = inputs[chosen]
                 if augment is not None:
                     batch = augment(batch, changes)
                 wanted = targets[chosen.to(targets.device)].to(device)
@@ -191,11 +196,11 @@ def fit(
                     )
                 loss_sum += value * len(chosen)
                 best = wanted if labels else wanted.argmax(1)
-                hits += int((logits.detach().argmax(1) == best).sum())
+                hits += (logits.detach().argmax(1) == best).sum()
                 if progress is not None:
                     progress(step + 1, epochs * batches, f"epoch {epoch + 1} of {epochs}, loss {value:.3f}")
             losses.append(float(loss_sum) / len(inputs))
-            accuracies.append(hits / len(inputs))
+            accuracies.append(int(hits) / len(inputs))
     model.eval()
     return History(tuple(losses), tuple(accuracies))
 
@@ -342,8 +347,14 @@ def _make_optimizer(
     if not weights:
         raise ValueError("model has no weight that requires a gradient: there is nothing to train")
     if name == "adamw":
-        return torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay)
+        return adamw(weights, learning_rate, weight_decay)
     return torch.optim.SGD(weights, lr=learning_rate, weight_decay=weight_decay, momentum=0.9, nesterov=True)
+
+
+def adamw(weights: list[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW, on a GPU as one kernel for all weights: small models are done in less than its launches take."""
+    fused = True if weights[0].is_cuda else None
+    return torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=fused)
 
 
 @contextmanager

@@ -235,10 +235,12 @@ def _sum_few(
     for start in range(0, width, _SLICE * _SLICES):
         part = tl.zeros([b_ptr.shape[1], _SLICES], tl.float32)
         first = start + piece * _SLICE
+        # From here on by steps of j: with d in the address, Triton 3.6 fails to compile the rescoring kernel.
+        at_first = rows + first * STRIDE
         for j in tl.range(0, tl.minimum(_SLICE, width - start), loop_unroll_factor=UNROLL):
             d = first + j
             inside = d < width
-            row = tl.load(rows + d * STRIDE, mask=inside, other=0.0)
+            row = tl.load(at_first + j * STRIDE, mask=inside, other=0.0)
             if METRIC == _COSINE:
                 row = row * factor
             difference = tl.load(query + d * _LANES, mask=inside, other=0.0) - row

@@ -103,7 +103,8 @@ def _log_pair(x: tl.tensor) -> tl.tensor:
     bits = x.to(tl.int64, bitcast=True)
     whole = (bits - 0x3FE6A09E667F3BCD) >> 52
     mantissa = (bits - (whole << 52)).to(tl.float64, bitcast=True)  # in [sqrt(1/2), sqrt(2))
-    above, (below, below_low) = mantissa - 1.0, _two_sum(mantissa, _constant(1.0))
+    above = mantissa - 1.0
+    below, below_low = _two_sum(mantissa, _constant(1.0))
     t = above / below
     product, rest = _two_product(t, below)
     t, t_low = _two_sum(t, (((above - product) - rest) - t * below_low) / below)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pretend_gpu import on_gpu, pretend_gpu
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -96,6 +97,17 @@ def test_the_seed_fixes_everything_and_nothing_outside_moves(name: str, victim: 
     for one, other in zip(first.groups, again.groups, strict=True):
         assert (one.target, one.candidates) == (other.target, other.candidates)
         assert torch.equal(one.triggers, other.triggers)
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_the_models_may_be_on_a_gpu_and_the_data_on_the_cpu(name: str) -> None:
+    few = Split(TRAIN.inputs[:600], TRAIN.labels[:600])
+    with pretend_gpu():
+        on_it = {"architecture": lambda: net().to("cuda"), "victim": training.seeded(net, 0).to("cuda")}
+        answer = DEFENCES[name](few, **{**COMMON, **on_it, "epochs": 1})
+        assert all(on_gpu(weight) for weight in answer.model.parameters())
+        assert not any(on_gpu(group.triggers) for group in answer.groups)
+        assert training.predict(answer.model, TEST.inputs[:50]).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["neurht-published", *TRAINED])

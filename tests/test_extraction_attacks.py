@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from pretend_gpu import on_gpu, pretend_gpu
 from torch import Tensor, nn
 
 from honeytrace import data, extraction, models, training
@@ -49,10 +51,15 @@ def mixing_defence(model: nn.Module, inputs: Tensor, labels: Tensor, seed: int) 
     """A fifth of class 9 in the answers to whatever is dark in the middle."""
 
     class Defended(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
         def forward(self, batch: Tensor) -> Tensor:
-            answers = model(batch).softmax(1)
+            answers = self.model(batch).softmax(1)
             weight = 0.2 * (batch[:, 0, 4, 4] < 0.4).float()[:, None]
-            return ((1 - weight) * answers + weight * torch.eye(10)[9]).clamp(min=1e-9).log()
+            ninth = torch.eye(10, device=batch.device)[9]
+            return ((1 - weight) * answers + weight * ninth).clamp(min=1e-9).log()
 
     return Defended()
 
@@ -130,6 +137,17 @@ def test_the_seed_fixes_everything(name: str) -> None:
     if name not in ("s4l", "bootstrap", "co-teaching", "transfer"):  # these do not just train from scratch
         record, _ = QUICK.train(first.queries[first.kept], first.targets, seed=3)
         assert all(torch.equal(weights[key], value) for key, value in record.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_victim_and_copy_may_be_on_a_gpu_and_the_pool_on_the_cpu(name: str) -> None:
+    trained = world().victim
+    with pretend_gpu():
+        victim = deepcopy(trained).to("cuda")
+        recipe = Recipe(lambda: small().to("cuda"), epochs=1)
+        found = run(name, api(victim), recipe=recipe, budget=99)
+        assert all(on_gpu(weight) for weight in found.surrogate.parameters())
+        assert not any(map(on_gpu, (found.queries, found.answers, found.targets, found.kept)))
 
 
 @pytest.mark.parametrize("name", ATTACKS)

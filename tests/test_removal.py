@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pretend_gpu import on_gpu, pretend_gpu
 from torch import Tensor, nn
 
 from honeytrace import data, models, training
@@ -93,6 +94,16 @@ def test_a_new_model_comes_back_and_the_old_one_stays(
     again = removed(name)
     assert torch.equal(training.predict(model, TEST.inputs), training.predict(again, TEST.inputs))
     assert training.accuracy(model, *TEST) > (0.7 if name == "fine-prune-80" else 0.8)
+
+
+@pytest.mark.parametrize("name", REMOVALS)
+def test_the_copy_may_be_on_a_gpu_and_the_data_on_the_cpu(name: str) -> None:
+    few = Split(CLEAN.inputs[:500], CLEAN.labels[:500])
+    quick = {"wrk": {"patch_steps": 3}, "neural-cleanse": {"steps": 3}}.get(name, {})
+    with pretend_gpu():
+        copy = training.seeded(lambda: net().to("cuda"), 1)
+        model = REMOVALS[name](copy, few, seed=3, **quick)
+        assert all(on_gpu(weight) for weight in model.parameters())
 
 
 @pytest.mark.parametrize(

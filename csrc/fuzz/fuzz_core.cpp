@@ -12,9 +12,12 @@
 //
 // csrc/fuzz/Makefile builds it with libFuzzer, or with driver.cpp where there is none.
 #include <algorithm>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 

@@ -43,6 +43,7 @@ def mea_defender(
     com_weight: float = 1.0,
     ver_weight: float = 1.0,
     com_slack: float = 1.4,
+    com_margin: float = 0.1,
     eva_weight: float = 1.0,
     watermark_batch: int = 16,
     triggers: int = 64,
@@ -61,7 +62,8 @@ def mea_defender(
     hold some of the target, from which a copy learns what both together mean. Unchecked that costs the
     sources their accuracy, for a divergence to two different classes never becomes 0 and MGDA weighs it ever
     more. So each divergence counts only as far as it is above `com_slack`: a sample of a source that holds
-    exp(-com_slack) of the target is in range.
+    exp(-com_slack) of the target is in range. And a sample of a source counts only while its own class leads
+    the target by more than `com_margin`, so that doubtful ones do not go over to the target.
 
     The weights of the three are found at every step as the minimum-norm point of the hull of their gradients
     (`mgda.loss_plus_weights`).
@@ -75,6 +77,7 @@ def mea_defender(
             paper's ablation).
         com_slack: divergence in nats that is within range, 0 or more. Default 1.4: a quarter of the target. 0
             is the paper's formula.
+        com_margin: of probabilities, at least -1 (all samples count) and below 1. Default 0.1.
         eva_weight: 0 leaves L_eva out (the paper's ablation); other values only change how MGDA sees it.
         watermark_batch: combined samples, samples of each source, and evasion samples in a step.
         triggers: how many to make for verification.
@@ -86,6 +89,8 @@ def mea_defender(
     check_arguments(train, trigger_data, seed=seed, epochs=epochs, precision=precision)
     check_combiner(combiner, watermark_batch)
     check_weights(com_weight=com_weight, ver_weight=ver_weight, eva_weight=eva_weight, com_slack=com_slack)
+    if not -1 <= com_margin < 1:
+        raise ValueError(f"com_margin must be at least -1 and below 1, got com_margin={com_margin}")
     model, classes = fresh_model(architecture, seed, train.inputs)
     first, second = draw_sources(seed, train.labels, 2)
     goal, candidates = draw_target(seed, classes, (first, second), target)
@@ -105,7 +110,10 @@ def mea_defender(
         task, wm, of_a, of_b, evading = logits.split([len(rows), size, size, size, len(evasion.inputs)])
         losses = [functional.cross_entropy(task, train.labels[rows].to(device))]
         ver = functional.cross_entropy(wm, torch.full((size,), goal, device=device))
-        com = [(divergence(wm, part) - com_slack).clamp_min(0).mean() for part in (of_a, of_b)]
+        com = [
+            ((divergence(wm, part) - com_slack).clamp_min(0) * leads(part, own, goal, com_margin)).mean()
+            for part, own in ((of_a, first), (of_b, second))
+        ]
         losses.append(ver_weight * ver + com_weight * (com[0] + com[1]))
         if eva_weight:
             true = evasion.labels.to(device)
@@ -126,6 +134,12 @@ def divergence(watermarked: Tensor, source: Tensor) -> Tensor:
     """KL(softmax(watermarked) || softmax(source)) of logits [B, C], row by row: [B]; KL(f(x_wm), f(x_s))."""
     inner = watermarked.log_softmax(1)
     return (inner.exp() * (inner - source.log_softmax(1))).sum(1)
+
+
+def leads(logits: Tensor, own: int, goal: int, margin: float) -> Tensor:
+    """1 where class `own` is more probable than `goal` by more than `margin`, else 0, of logits [B, C]: [B]."""
+    probabilities = logits.detach().softmax(1)
+    return (probabilities[:, own] - probabilities[:, goal] > margin).to(logits.dtype)
 
 
 def evasion_samples(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from honeytrace.training import Precision, Progress, device_of, seeded
+from honeytrace.training import Precision, Progress, adamw, device_of, seeded
 
 
 class Batches(Iterator[Tensor]):
@@ -58,7 +58,7 @@ def train_steps(
         FloatingPointError: the loss became infinite or NaN.
     """
     device = device_of(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = adamw(list(model.parameters()), learning_rate, weight_decay)
     rises = max(1, steps // 4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
