@@ -1,6 +1,6 @@
 """`feature_distance` on a GPU: our backends, torch's operators, and torch.compile on them.
 
-    python bench/gpu_feature_distance.py [--quick] [--calls N] [--dtype D] [--output DIR]
+    python bench/gpu_feature_distance.py [--quick] [--calls N] [--dtype D] [--without SIDE] [--output DIR]
 
 Baselines: "torch": torch.cdist and topk for l1, l2 and lp, a matrix product and topk for cosine; "compiled":
 the same under torch.compile. (cdist by matrix product and the cosine product cancel for near rows; ours do
@@ -77,7 +77,7 @@ def main(command: list[str]) -> None:
                 sides |= {"torch": baseline, "compiled": torch.compile(baseline)}
             case = f"{name} B={batch} G={groups} M={size} D={width}"
             work = distance(name, batch, groups, size, width)
-            rows += compare(case, sides, work, options.calls, cold)
+            rows += compare(case, sides, work, options, cold)
     write("feature_distance", "gpu_feature_distance", rows, options)
 
 

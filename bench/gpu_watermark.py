@@ -1,6 +1,6 @@
 """The whole answer on a GPU: the fused op of our backends, and the chain of torch operators that it replaces.
 
-    python bench/gpu_watermark.py [--quick] [--calls N] [--dtype D] [--output DIR]
+    python bench/gpu_watermark.py [--quick] [--calls N] [--dtype D] [--without SIDE] [--output DIR]
 
 Two kinds of queries: "far" from every trigger, as nearly all are, where the fused op may stop early; and
 "near" ones, where it may not. Baselines: "torch": distance, similarity, hash and mixing by torch's operators;
@@ -9,6 +9,7 @@ Two kinds of queries: "far" from every trigger, as nearly all are, where the fus
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -63,10 +64,12 @@ def mixed(backend: str, *args: Tensor) -> Callable[[], object]:
     return call
 
 
-def watermark_rows(calls: int, cold: Cold, backends: list[str], dtype: torch.dtype, quick: bool) -> list[Row]:
+def watermark_rows(
+    options: argparse.Namespace, cold: Cold, backends: list[str], dtype: torch.dtype
+) -> list[Row]:
     generator = torch.Generator("cuda").manual_seed(0)
     rows: list[Row] = []
-    for batch, groups, size, width, classes in WATERMARK_SIZES[2:4] if quick else WATERMARK_SIZES:
+    for batch, groups, size, width, classes in WATERMARK_SIZES[2:4] if options.quick else WATERMARK_SIZES:
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, device="cuda", generator=generator)
@@ -82,14 +85,14 @@ def watermark_rows(calls: int, cold: Cold, backends: list[str], dtype: torch.dty
             baseline = chain(q, z, b, r, planes)
             sides |= {"torch": baseline, "compiled": torch.compile(baseline)}
             case = f"{kind} B={batch} G={groups} M={size} D={width} C={classes}"
-            rows += compare(case, sides, watermark("l1", batch, groups, size, width, classes), calls, cold)
+            rows += compare(case, sides, watermark("l1", batch, groups, size, width, classes), options, cold)
     return rows
 
 
-def mix_rows(calls: int, cold: Cold, backends: list[str], dtype: torch.dtype, quick: bool) -> list[Row]:
+def mix_rows(options: argparse.Namespace, cold: Cold, backends: list[str], dtype: torch.dtype) -> list[Row]:
     generator = torch.Generator("cuda").manual_seed(1)
     rows: list[Row] = []
-    for batch, classes in MIX_SIZES[1:3] if quick else MIX_SIZES:
+    for batch, classes in MIX_SIZES[1:3] if options.quick else MIX_SIZES:
         z = torch.randn(batch, classes, device="cuda", generator=generator).to(dtype)
         s = torch.rand(batch, 8, device="cuda", generator=generator)
         r = torch.randn(8, classes, device="cuda", generator=generator)
@@ -103,7 +106,7 @@ def mix_rows(calls: int, cold: Cold, backends: list[str], dtype: torch.dtype, qu
 
         sides |= {"torch": baseline, "compiled": torch.compile(baseline)}
         work = mix(batch, classes, str(dtype).removeprefix("torch."))
-        rows += compare(f"mix B={batch} C={classes}", sides, work, calls, cold)
+        rows += compare(f"mix B={batch} C={classes}", sides, work, options, cold)
     return rows
 
 
@@ -111,8 +114,8 @@ def main(command: list[str]) -> None:
     options = arguments_of((__doc__ or "").splitlines()[0], command)
     backends, cold, dtype = gpu_backends(), Cold(), getattr(torch, options.dtype)
     print(HEADER)
-    rows = mix_rows(options.calls, cold, backends, dtype, options.quick)
-    rows += watermark_rows(options.calls, cold, backends, dtype, options.quick)
+    rows = mix_rows(options, cold, backends, dtype)
+    rows += watermark_rows(options, cold, backends, dtype)
     write("watermark", "gpu_watermark", rows, options)
 
 

@@ -29,11 +29,14 @@ WARM_UP = 5
 
 
 def arguments_of(description: str, command: list[str]) -> argparse.Namespace:
-    """--quick, --calls, --dtype and --output; exits with one line where there is no GPU."""
+    """--quick, --calls, --dtype, --without and --output; exits with one line where there is no GPU."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="two sizes only")
     parser.add_argument("--calls", type=int, default=CALLS, help=f"calls of each side (default {CALLS})")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="SIDE", help="a side to leave out, such as compiled"
+    )
     parser.add_argument("--output", type=Path, help="directory of the results (default bench/results/<card>)")
     options = parser.parse_args(command)
     if not torch.cuda.is_available():
@@ -129,10 +132,16 @@ def quantile(times: list[float], percent: int) -> float:
     return statistics.quantiles(times, n=100, method="inclusive")[percent - 1]
 
 
-def compare(name: str, sides: dict[str, Callable[[], Any]], work: Work, calls: int, cold: Cold) -> list[Row]:
-    """Time all sides in turn, print a line for each."""
-    prepared = {side: captured(function) for side, function in sides.items()}
-    measured = times_in_turn([call for call, _ in prepared.values()], calls, cold)
+def compare(
+    name: str,
+    sides: dict[str, Callable[[], Any]],
+    work: Work,
+    options: argparse.Namespace,
+    cold: Cold,
+) -> list[Row]:
+    """Time all sides in turn that `options` do not leave out, print a line for each."""
+    prepared = {side: captured(call) for side, call in sides.items() if side not in options.without}
+    measured = times_in_turn([call for call, _ in prepared.values()], options.calls, cold)
     device = device_of(torch.cuda.get_device_name())
     floor, limit = (None, None) if device is None else work.floor(device)
     rows = []

@@ -106,12 +106,12 @@ def test_results_are_printed_and_written(load, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(gpu, "captured", lambda function: (function, "graph"))
     monkeypatch.setattr(gpu, "times_in_turn", lambda functions, calls, cold: [[5.0] * calls] * len(functions))
-    sides = {"cuda": lambda: None, "torch": lambda: None}
+    sides = {"cuda": lambda: None, "slow": lambda: None, "torch": lambda: None}
     work = roofline.mix(4096, 1000)
-    rows = gpu.compare("mix B=4096 C=1000", sides, work, 4, lambda: None)
+    options = argparse.Namespace(output=tmp_path / "card", dtype="float32", calls=4, without=["slow"])
+    rows = gpu.compare("mix B=4096 C=1000", sides, work, options, lambda: None)
     assert [row.side for row in rows] == ["cuda", "torch"]
     assert rows[0].share == pytest.approx(1e6 * work.floor(roofline.DEVICES[0])[0] / 5.0)
-    options = argparse.Namespace(output=tmp_path / "card", dtype="float32", calls=4)
     gpu.write("mixing", "gpu_mix", rows, options)
     found = json.loads((tmp_path / "card" / "gpu_mix.json").read_text())
     assert [row["p50"] for row in found["rows"]] == [5.0, 5.0]

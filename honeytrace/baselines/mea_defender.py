@@ -137,7 +137,7 @@ def divergence(watermarked: Tensor, source: Tensor) -> Tensor:
 
 
 def leads(logits: Tensor, own: int, goal: int, margin: float) -> Tensor:
-    """1 where class `own` is more probable than `goal` by more than `margin`, else 0, of logits [B, C]: [B]."""
+    """[B]: 1 where class `own` of logits [B, C] leads `goal` by more than `margin` in probability, else 0."""
     probabilities = logits.detach().softmax(1)
     return (probabilities[:, own] - probabilities[:, goal] > margin).to(logits.dtype)
 
