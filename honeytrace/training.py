@@ -160,7 +160,7 @@ def fit(
     steps = _make_optimizer(model, optimizer, learning_rate, weight_decay)
     losses: list[float] = []
     accuracies: list[float] = []
-    with _own_randomness(seed, device), _channels_last(model, inputs):
+    with _own_randomness(seed, device), repeatable(), _channels_last(model, inputs):
         model.train()
         for epoch in range(epochs):
             loss_sum = torch.zeros((), dtype=torch.float64)
@@ -370,6 +370,18 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside, cuDNN takes only algorithms that give the same sums every time."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextmanager

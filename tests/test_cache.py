@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import stat
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -64,6 +67,24 @@ def test_an_interrupted_training_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         ModelCache(tmp_path).model("victim", factory, {}, interrupted)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_several_want_at_once_is_trained_once(tmp_path):
+    began = threading.Event()
+
+    class Slow(Training):
+        def __call__(self) -> nn.Module:
+            began.set()
+            time.sleep(0.2)
+            return super().__call__()
+
+    train = Slow(3.0)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ModelCache(tmp_path).model, "victim", factory, {}, train) for _ in range(4)]
+        assert began.wait(10)
+        found = {model_digest(future.result()) for future in asked}
+    assert train.times == len(found) == 1
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
 
 
 def test_without_a_directory_nothing_is_kept():

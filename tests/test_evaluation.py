@@ -24,7 +24,17 @@ from worlds import blobs, marked, mlp
 
 from honeytrace import cli, extraction
 from honeytrace.baselines import BaselineGroup, Defended
-from honeytrace.evaluation import BUILT_IN, Cell, Plan, Store, cells, evaluate, on_ray, write_report
+from honeytrace.evaluation import (
+    BUILT_IN,
+    Cell,
+    Plan,
+    Store,
+    cells,
+    evaluate,
+    in_processes,
+    on_ray,
+    write_report,
+)
 from honeytrace.evaluation.engines import attempt, in_process
 from honeytrace.evaluation.kept import kept_defended
 from honeytrace.evaluation.store import Result
@@ -270,6 +280,38 @@ def test_ray_gives_the_same_results_and_survives_a_killed_worker(tmp_path, monke
     assert there == here
 
 
+def notes_its_process(cell: Cell, directory: str) -> dict[str, Any]:
+    """The figures, with the process that made them, when several are there."""
+    (Path(directory) / f"here-{os.getpid()}").touch()
+    for _ in range(200):
+        if len(list(Path(directory).glob("here-*"))) > 1:
+            break
+        time.sleep(0.05)
+    return {**figures(cell, directory), "process": os.getpid()}
+
+
+def test_processes_give_the_same_results_and_one_that_dies_is_started_again(tmp_path):
+    here = evaluate(plan(), tmp_path / "here", run=figures)
+    there = evaluate(plan(), tmp_path / "there", run=dies_once, engine=in_processes(2))
+    assert (tmp_path / "there" / "died").exists(), "no worker was killed"
+    assert there == here
+    results = evaluate(plan(), tmp_path / "failing", run=fails_on_top1, engine=in_processes(2))
+    failed = {r["cell"]["column"] for r in results if r["status"] == "failed"}
+    assert failed == {"top1"}
+    with pytest.raises(ValueError, match="workers must be at least 1, got workers=0"):
+        in_processes(0)
+
+
+def test_a_process_stays_with_the_cells_of_one_defence_and_seed(tmp_path):
+    results = evaluate(plan(), tmp_path, run=notes_its_process, engine=in_processes(2))
+    by = {}
+    for found in results:
+        by.setdefault((found["cell"]["seed"], found["cell"]["row"]), set()).add(found["process"])
+    assert len({process for processes in by.values() for process in processes}) == 2
+    # The last group may be finished by both.
+    assert sum(len(processes) > 1 for processes in by.values()) <= 1
+
+
 def test_an_exception_is_a_result():
     cell = next(iter(plan().cells()))
     assert attempt(fails_on_top1, cell, "")["status"] == "done"
@@ -415,6 +457,23 @@ def test_a_cell_is_a_pure_function_of_its_settings(matrix, tmp_path, monkeypatch
     assert first["precision"] == "float32"
     for name in {*first, *again} - {"seconds", "cell", "digest"}:
         assert again[name] == first[name], name
+
+
+@pytest.mark.xdist_group("evaluation")
+def test_another_process_finds_the_watermark_of_the_first(matrix, monkeypatch):
+    place, results = matrix
+    cell = next(
+        c for c in Plan.load("digits-small").cells() if c.title.startswith("honeytrace / random-soft /")
+    )
+    cells._bench.cache_clear()
+    monkeypatch.setattr("honeytrace.world.Watermark.calibrate", None)  # must not be called again
+    found = cells.run_cell(cell, place)
+    assert found["claims"] == named(results, "honeytrace", "random-soft")["claims"]
+    for path in place.glob("models/watermark-*"):
+        path.write_bytes(b"damaged")
+    cells._bench.cache_clear()
+    with pytest.raises(TypeError):
+        cells.run_cell(cell, place)
 
 
 @pytest.mark.xdist_group("evaluation")

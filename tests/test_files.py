@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import subprocess
+import sys
+import threading
 
 import pytest
 
-from honeytrace.files import write_private
+from honeytrace.files import locked, write_private
 
 
 def names(folder) -> list[str]:
@@ -92,3 +96,49 @@ def test_no_folder_no_file(tmp_path):
     with pytest.raises(OSError):
         write_private(folder, b"x", overwrite=True)
     assert names(tmp_path) == ["folder"]
+
+
+def test_one_is_in_the_lock_at_a_time_and_nothing_stays(tmp_path):
+    inside, most = [], []
+
+    def enter() -> None:
+        for _ in range(50):
+            with locked(tmp_path / "lock"):
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 200
+    assert max(most) == 1
+    assert names(tmp_path) == []
+    with pytest.raises(KeyError), locked(tmp_path / "lock"):
+        raise KeyError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no lock")
+def test_a_lock_ends_with_its_process(tmp_path):
+    program = (
+        "import sys, time; from honeytrace.files import locked\n"
+        "with locked(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+    )
+    path = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"in\n"
+        waited = threading.Event()
+
+        def wait() -> None:
+            with locked(path):
+                waited.set()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert not waited.wait(0.3)
+        holder.send_signal(signal.SIGKILL)
+        assert waited.wait(10)
+        thread.join()

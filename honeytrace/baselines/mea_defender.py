@@ -42,10 +42,10 @@ def mea_defender(
     combiner: str = "half",
     com_weight: float = 1.0,
     ver_weight: float = 1.0,
-    com_slack: float = 1.4,
+    com_slack: float = 0.7,
     com_margin: float = 0.1,
     eva_weight: float = 1.0,
-    watermark_batch: int = 16,
+    watermark_batch: int = 32,
     triggers: int = 64,
 ) -> Defended:
     """MEA-Defender for classifiers: minimise utility, watermark and evasion losses, weighted by MGDA.
@@ -75,8 +75,8 @@ def mea_defender(
         combiner: a name in `honeytrace.baselines.combiners.MASKS`, or "autoencoder".
         com_weight, ver_weight: of the two parts of L_wm, 0 or more, not both 0. 0 leaves a part out (the
             paper's ablation).
-        com_slack: divergence in nats that is within range, 0 or more. Default 1.4: a quarter of the target. 0
-            is the paper's formula.
+        com_slack: divergence in nats that is within range, 0 or more. Default 0.7: half of the target, or
+            what `com_margin` leaves a doubtful sample. 0 with a margin of -1 is the paper's formula.
         com_margin: of probabilities, at least -1 (all samples count) and below 1. Default 0.1.
         eva_weight: 0 leaves L_eva out (the paper's ablation); other values only change how MGDA sees it.
         watermark_batch: combined samples, samples of each source, and evasion samples in a step.

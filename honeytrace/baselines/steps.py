@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from honeytrace.training import Precision, Progress, adamw, device_of, seeded
+from honeytrace.training import Precision, Progress, adamw, device_of, repeatable, seeded
 
 
 class Batches(Iterator[Tensor]):
@@ -85,7 +85,8 @@ def train_steps(
     # Faster on a CPU, and put back at the end, for safetensors among others want contiguous weights.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
-    seeded(run, seed)
+    with repeatable():
+        seeded(run, seed)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.zero_grad(set_to_none=True)
     model.eval()

@@ -6,10 +6,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from queue import Empty, Queue
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -43,8 +45,8 @@ def in_process(
 def in_processes(workers: int) -> Engine:
     """So many processes on this machine, each with one thread of torch; they share its GPU, if cells use one.
 
-    Cells of different defences are begun first, so that workers make different things and do not wait for one
-    another to train the same one.
+    Cells of one defence and seed share work (the defended model, its answers, first trainings), so a process
+    stays with them as long as there are any, and then turns to those where the fewest are at work.
 
     Args:
         workers: processes, at least 1.
@@ -58,27 +60,97 @@ def in_processes(workers: int) -> Engine:
     def engine(
         run: CellFunction, cells: Sequence[Cell], directory: str
     ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        # Spawned: a GPU cannot be used in a forked process.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            running = {pool.submit(attempt, run, cell, directory): cell for cell in _spread(cells)}
-            for ready in as_completed(running):
-                try:
-                    yield running[ready], ready.result()
-                except BrokenProcessPool:
-                    yield running[ready], {"status": "failed", "error": "a worker was lost"}
+        desk, done = _Desk(cells), Queue[tuple[Cell, dict[str, Any]]]()
+
+        def serve() -> None:
+            with _Process() as process:
+                for cell in desk.cells():
+                    done.put((cell, process.attempt(run, cell, directory)))
+
+        with ThreadPoolExecutor(workers) as threads:
+            served = [threads.submit(serve) for _ in range(min(workers, len(cells)))]
+            try:
+                for _ in cells:
+                    yield _next(done, served)
+            finally:
+                desk.close()
 
     return engine
 
 
-def _spread(cells: Sequence[Cell]) -> list[Cell]:
-    """The first cell of every defence and seed, then the second ones, and so on."""
-    seen: Counter[tuple[int, str]] = Counter()
-    turns = []
-    for cell in cells:
-        turns.append(seen[cell.seed, cell.row])
-        seen[cell.seed, cell.row] += 1
-    return [cells[place] for place in sorted(range(len(cells)), key=turns.__getitem__)]
+def _next(done: Queue[tuple[Cell, dict[str, Any]]], served: Sequence[Future[None]]) -> Any:
+    """The next result. Raises what a thread raised that serves a process."""
+    while True:
+        try:
+            return done.get(timeout=1)
+        except Empty:
+            for thread in served:
+                if thread.done():
+                    thread.result()
+
+
+class _Process:
+    """A process that runs cells, started again when it dies."""
+
+    def __enter__(self) -> _Process:
+        self._pool = self._started()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown()
+
+    @staticmethod
+    def _started() -> ProcessPoolExecutor:
+        # Spawned: a GPU cannot be used in a forked process.
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(1,))
+
+    def attempt(self, run: CellFunction, cell: Cell, directory: str) -> dict[str, Any]:
+        for _ in range(1 + MOST_RETRIES):
+            try:
+                return self._pool.submit(attempt, run, cell, directory).result()
+            except BrokenProcessPool:
+                self._pool.shutdown()
+                self._pool = self._started()
+        return {"status": "failed", "error": "the worker was lost"}
+
+
+class _Desk:
+    """Hands out cells, those of one defence and seed to the same server where that is possible."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self._lock = Lock()
+        self._left: dict[tuple[int, str], deque[Cell]] = {}
+        for cell in cells:
+            self._left.setdefault((cell.seed, cell.row), deque()).append(cell)
+        self._servers = dict.fromkeys(self._left, 0)
+
+    def cells(self) -> Iterator[Cell]:
+        """The cells of one server, which asks for the next when it is done with one."""
+        group = None
+        while True:
+            with self._lock:
+                if group is None or not self._left[group]:
+                    if group is not None:
+                        self._servers[group] -= 1
+                    group = max(
+                        (name for name, cells in self._left.items() if cells),
+                        key=lambda name: (-self._servers[name], len(self._left[name])),
+                        default=None,
+                    )
+                    if group is None:
+                        return
+                    self._servers[group] += 1
+                    helps = self._servers[group] > 1
+                # Whoever helps begins at the other end, far from what the first server shares.
+                cell = self._left[group].pop() if helps else self._left[group].popleft()
+            yield cell
+
+    def close(self) -> None:
+        """Nothing more is handed out."""
+        with self._lock:
+            for cells in self._left.values():
+                cells.clear()
 
 
 def on_ray(address: str | None = None, workers: int | None = None) -> Engine:
