@@ -84,7 +84,11 @@ def _told(plan: Plan, results: Sequence[Result]) -> str:
         status: sum(r["status"] == status for r in results) for status in ("done", "not applicable", "failed")
     }
     whole = sum(1 for _ in plan.cells())
-    made = [{**r["made_with"], "precision": r["precision"]} for r in results if "made_with" in r]
+    made = [
+        {**r["made_with"], "precision": r["precision"], "device": r.get("device", "cpu")}
+        for r in results
+        if "made_with" in r
+    ]
     names = sorted(set().union(*made))
     values = {name: sorted({str(m[name]) for m in made if name in m}) for name in names}
     where = ", ".join(f"{name} {' and '.join(found)}" for name, found in values.items())
