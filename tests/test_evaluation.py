@@ -451,7 +451,7 @@ def test_the_small_matrix_is_whole_and_says_what_it_should(matrix):
 def test_a_cell_is_a_pure_function_of_its_settings(matrix, tmp_path, monkeypatch):
     _, results = matrix
     part = Plan.load("digits-small").narrowed("honeytrace", "random-soft", (0,))
-    monkeypatch.setattr("honeytrace.training.fastest_precision", lambda: "float32")
+    monkeypatch.setattr("honeytrace.training.fastest_precision", lambda device: "float32")
     (again,) = evaluate(replace(part, precision="fastest"), tmp_path)
     first = named(results, "honeytrace", "random-soft")
     assert first["precision"] == "float32"

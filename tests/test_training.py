@@ -57,6 +57,7 @@ def test_learns_labels_and_probabilities(
 def test_the_fastest_precision_is_what_the_processor_multiplies(monkeypatch, processor, expected) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
     assert training.fastest_precision() == expected
+    assert training.fastest_precision("cuda") == "float32"
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert training.fastest_precision() == "float32"
 
