@@ -399,6 +399,89 @@ def test_signatures(bundle, tmp_path):
     assert check(bundle).problems == ("signature.json: the signature is not of this manifest",)
 
 
+# The curve of Ed25519 (RFC 8032, 5.1), slowly.
+PRIME = 2**255 - 19
+D = -121665 * pow(121666, -1, PRIME) % PRIME
+
+
+def doubled(point):
+    x, y = point
+    curve = 1 + D * x * x * y * y, 1 - D * x * x * y * y
+    return (
+        2 * x * y * pow(curve[0], -1, PRIME) % PRIME,
+        (y * y + x * x) * pow(curve[1], -1, PRIME) % PRIME,
+    )
+
+
+def decoded(encoding):
+    """The point of an encoding (RFC 8032, 5.1.3), y not reduced; None when there is none."""
+    y = int.from_bytes(encoding, "little") % 2**255
+    square = (y * y - 1) * pow(D * y * y + 1, -1, PRIME) % PRIME
+    x = pow(square, (PRIME + 3) // 8, PRIME)
+    if x * x % PRIME != square:
+        x = x * pow(2, (PRIME - 1) // 4, PRIME) % PRIME
+    return (x, y % PRIME) if x * x % PRIME == square else None
+
+
+def of_order_eight():
+    """By trying: any point times the prime order of the large subgroup is of order 8 at most."""
+    order = 2**252 + 27742317777372353535851937790883648493
+    for seed in range(2, 100):
+        start = decoded(seed.to_bytes(32, "little"))
+        if start is None:
+            continue
+        x, y = 0, 1
+        for bit in bin(order)[2:]:
+            x, y = doubled((x, y))
+            if bit == "1":
+                cross = D * x * y * start[0] * start[1]
+                x, y = (
+                    (x * start[1] + y * start[0]) * pow(1 + cross, -1, PRIME) % PRIME,
+                    (y * start[1] + x * start[0]) * pow(1 - cross, -1, PRIME) % PRIME,
+                )
+        if doubled(doubled((x, y))) != (0, 1):
+            return x, y
+    raise AssertionError("no point of order 8")
+
+
+def encodings_of_small_order():
+    """Of all eight points, with both signs of x, reduced and not (RFC 8032's y is below 2**255)."""
+    eighth = of_order_eight()[1]
+    for y in (0, 1, PRIME - 1, eighth, PRIME - eighth, PRIME, PRIME + 1):
+        for sign in (0, 1):
+            yield (y + (sign << 255)).to_bytes(32, "little")
+
+
+def test_the_points_are_of_small_order():
+    orders = set()
+    for encoding in encodings_of_small_order():
+        point, order = decoded(encoding), 1
+        assert point is not None
+        while point != (0, 1):
+            point, order = doubled(point), 2 * order
+        orders.add(order)
+    assert orders == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("public", list(encodings_of_small_order()), ids=lambda public: public.hex()[:8])
+def test_a_key_that_anybody_can_sign_with_signs_nothing(public, bundle):
+    """S = 0 and R of small order: the equation S B = R + h A then holds for some h, whatever was signed."""
+    tried = []
+    for commitment in encodings_of_small_order():
+        (bundle / "signature.json").write_bytes(
+            canonical.page(
+                {
+                    "algorithm": "Ed25519",
+                    "public_key": public.hex(),
+                    "signature": (commitment + bytes(32)).hex(),
+                }
+            )
+        )
+        tried += check(bundle, signed_by=public.hex()).problems
+    assert tried == ["signature.json has a public key that anybody can sign with"] * len(tried)
+    assert len(tried) == len(list(encodings_of_small_order()))
+
+
 # commitments ----------
 
 

@@ -296,7 +296,10 @@ def _check_signature(
         fields = canonical.read_page(signature)
         if set(fields) != {"algorithm", "public_key", "signature"} or fields["algorithm"] != "Ed25519":
             raise ValueError("is no Ed25519 signature")
-        signer = Ed25519PublicKey.from_public_bytes(_hex(fields["public_key"], 32))
+        public = _hex(fields["public_key"], 32)
+        if _small_order(public):
+            raise ValueError("has a public key that anybody can sign with")
+        signer = Ed25519PublicKey.from_public_bytes(public)
         signer.verify(_hex(fields["signature"], 64), manifest)
     except (ValueError, TypeError) as error:
         problems.append(f"{_SIGNATURE} {error}")
@@ -308,6 +311,20 @@ def _check_signature(
         problems.append(f"{_SIGNATURE}: signed with another key than the one expected")
     elif signed_by is None:
         notes.append(f"signed with {fields['public_key']}: compare this with the signer's published key")
+
+
+def _small_order(public_key: bytes) -> bool:
+    """Whether an Ed25519 public key is one of the eight points of order 1, 2, 4 or 8.
+
+    With such a key a signature of zeros holds for one message in eight or more, and nobody has its private
+    half; RFC 8032 lets a verifier accept it, and OpenSSL does. On the curve -x^2 + y^2 = 1 + d x^2 y^2 they
+    are the points with y = 1 and -1 (orders 1 and 2), y = 0 (order 4) and, their doubles being those,
+    d y^4 + 2 y^2 - 1 = 0 (order 8). An encoding is y in 255 bits and the sign of x; y need not be reduced.
+    """
+    prime = 2**255 - 19
+    d = -121665 * pow(121666, -1, prime)
+    y = int.from_bytes(public_key, "little") % 2**255
+    return y * (y * y - 1) * (d * y**4 + 2 * y * y - 1) % prime == 0
 
 
 def _derive(
