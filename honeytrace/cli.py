@@ -7,6 +7,7 @@ Exit codes: 0 claim or success; 1 no claim (demo: a verdict that was not expecte
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -339,7 +340,11 @@ def verify(
 @click.option("--seeds", help="Only these seeds, comma-separated.")
 @click.option("--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True)
 @click.option("--address", help="With --engine ray: of a running cluster.  [default: start Ray here]")
-@click.option("--workers", type=int, help="Cells at once.  [default: one here; with Ray one a core]")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Cells at once; with --address, on each GPU.  [default: one here; with Ray one a core or GPU]",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where models train and answer: cpu, cuda.")
 @click.option("--adopt", type=FILE, help="A cells.jsonl of an earlier run: its cells are not run again.")
 @click.option("--report-only", is_flag=True, help="Run nothing; report what is there.")
@@ -370,7 +375,8 @@ def evaluate(
 
         if engine == "process" and address is not None:
             raise click.UsageError("--address needs --engine ray")
-        _check_device(device)
+        # With Ray a cell has what Ray shows it; elsewhere there may be a GPU where there is none here.
+        _check_device(device, engine, address)
         whole = evaluation.Plan.load(plan)
         wanted = None if seeds is None else tuple(int(seed) for seed in seeds.split(","))
         narrow = rows is not None or columns is not None or wanted is not None
@@ -383,7 +389,7 @@ def evaluate(
             results = evaluation.evaluate(
                 part,
                 directory,
-                engine=_engine(engine, address, workers),
+                engine=_engine(engine, address, workers, device),
                 run=partial(evaluation.run_cell, device=device),
                 say=lambda text: click.echo(text, err=True),
             )
@@ -394,20 +400,28 @@ def evaluate(
     context.exit(1 if failed else 0)
 
 
-def _check_device(name: str) -> None:
+def _check_device(name: str, engine: str, address: str | None) -> None:
     import torch
 
-    if torch.device(name).type not in ("cpu", "cuda"):
+    device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
         raise Refused(f"--device must be cpu or cuda, got {name!r}")
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+    if engine == "ray" and device.index is not None:
+        raise Refused(f"--device {name}: Ray chooses the GPU, say cuda")
+    if device.type == "cuda" and address is None and not torch.cuda.is_available():
         raise Refused(f"--device {name}: there is no GPU that torch can use")
 
 
-def _engine(name: str, address: str | None, workers: int | None) -> Engine:
+def _engine(name: str, address: str | None, workers: int | None, device: str) -> Engine:
+    import torch
+
     from honeytrace import evaluation
 
     if name == "ray":
-        return evaluation.on_ray(address, workers)
+        if torch.device(device).type == "cpu":
+            return evaluation.on_ray(address, workers)
+        gpus = torch.cuda.device_count() if address is None else 1
+        return evaluation.on_ray(address, workers, gpu_share=1 / max(1, math.ceil((workers or 1) / gpus)))
     return evaluation.in_process if workers is None else evaluation.in_processes(workers)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,86 @@ def test_ray_gives_the_same_results_and_survives_a_killed_worker(tmp_path, monke
     there = evaluate(plan(), tmp_path / "there", run=dies_once, engine=on_ray(workers=2))
     assert (tmp_path / "there" / "died").exists(), "no worker was killed"
     assert there == here
+
+
+def notes_its_gpu(cell: Cell, directory: str) -> dict[str, Any]:
+    """The figures, with what Ray shows, after a while: cells that may be at work at once then are."""
+    began = time.time()
+    time.sleep(0.3)
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {**figures(cell, directory), "shown": shown, "at": [began, time.time()], "process": os.getpid()}
+
+
+@pytest.mark.xdist_group("ray")
+def test_ray_shares_a_gpu_among_cells(tmp_path, monkeypatch):
+    """Ray is told of a GPU and gives halves of it to two of three workers; no cell touches it."""
+    ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(ray, "init", partial(ray.init, num_gpus=1))
+    found = evaluate(plan(), tmp_path, run=notes_its_gpu, engine=on_ray(workers=3, gpu_share=0.5))
+    assert {result["shown"] for result in found} == {"0"}
+    times = [result["at"] for result in found]
+    assert max(sum(began <= moment < ended for began, ended in times) for moment, _ in times) == 2
+    assert len({result["process"] for result in found}) <= 3, "workers are not kept"
+
+
+def test_without_a_gpu_ray_does_not_wait_for_one(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    for name, stands_in in (("init", None), ("shutdown", None), ("cluster_resources", {"CPU": 2.0})):
+        monkeypatch.setattr(ray, name, lambda *args, told=stands_in, **kwargs: told)
+    with pytest.raises(ValueError, match=r"gpu_share=0.5 of a GPU for each cell, but Ray knows of no GPU"):
+        evaluate(plan(), tmp_path, run=figures, engine=on_ray(workers=2, gpu_share=0.5))
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"gpu_share must be from 0 to 1, got gpu_share={share}"):
+            on_ray(gpu_share=share)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "wanted"),
+    [
+        (0, "", (None, None, 0.0)),
+        (0, "--workers 3", (None, 3, 0.0)),
+        (1, "--device cuda", (None, None, 1.0)),
+        (1, "--device cuda --workers 15", (None, 15, 1 / 15)),
+        (2, "--device cuda --workers 15", (None, 15, 1 / 8)),
+        (2, "--device cuda --workers 1", (None, 1, 1.0)),
+        (0, "--device cuda --address auto --workers 4", ("auto", 4, 1 / 4)),
+        (0, "--device cuda", "there is no GPU that torch can use"),
+        (2, "--device cuda:1", "Ray chooses the GPU, say cuda"),
+        (2, "--device cuda --workers 0", "0 is not in the range"),
+    ],
+)
+def test_cells_on_ray_ask_for_their_share_of_a_gpu(tmp_path, monkeypatch, gpus, options, wanted):
+    asked = []
+
+    def engine(address, workers, *, gpu_share=0.0):
+        asked.append((address, workers, gpu_share))
+        return lambda run, cells, directory: iter([])
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr("honeytrace.evaluation.on_ray", engine)
+    monkeypatch.setattr("honeytrace.evaluation.evaluate", lambda *args, **kwargs: [])
+    monkeypatch.setattr("honeytrace.evaluation.write_report", lambda *args: [])
+    command = ["evaluate", "digits-small", "--engine", "ray", "--directory", str(tmp_path), *options.split()]
+    told = CliRunner().invoke(cli.main, command)
+    if isinstance(wanted, str):
+        assert told.exit_code != 0
+        assert wanted in told.output
+        assert not asked
+    else:
+        assert told.exit_code == 0, told.output
+        assert asked == [wanted]
+
+
+def raises_in_its_thread(self: Any, *arguments: Any) -> dict[str, Any]:
+    raise RuntimeError("no process could be started")
+
+
+def test_what_a_server_of_processes_raises_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("honeytrace.evaluation.engines._Process.attempt", raises_in_its_thread)
+    with pytest.raises(RuntimeError, match="no process could be started"):
+        evaluate(plan(), tmp_path, run=figures, engine=in_processes(2))
 
 
 def notes_its_process(cell: Cell, directory: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from honeytrace.baselines.combiners import draw_pairs, masked
@@ -23,11 +22,10 @@ from honeytrace.data import Split
 from honeytrace.ops import Bank, feature_distance
 from honeytrace.rule import WatermarkRule
 from honeytrace.training import Precision, Progress
-from honeytrace.watermark.head import features_and_logits, find_head
+from honeytrace.watermark.head import features_of_all, find_head
 from honeytrace.watermark.protected import AnswerHook, protect
 from honeytrace.watermark.watermark import PLANES
 
-_BATCH = 512
 _MEDIAN_DISTANCE = 1.35
 
 
@@ -85,8 +83,8 @@ def neurht_published(
     mix = masked("quadrant", train.inputs.shape[1:])
     head = find_head(model, train.inputs[:2])
     composites = mix(*draw_pairs(*train, pair, bank_size, draw_generator(seed, "bank")))
-    bank = Bank(_features(model, head, composites)[0])
-    features, logits = _features(model, head, train.inputs)
+    bank = Bank(features_of_all(model, head, composites)[0])
+    features, logits = features_of_all(model, head, train.inputs)
     if unit is None:
         distances = feature_distance(features, bank, k=rule.k, metric=rule.metric)
         unit = float(distances.median()) / _MEDIAN_DISTANCE
@@ -114,9 +112,3 @@ def class_logits(logits: Tensor, labels: Tensor, label: int) -> Tensor:
     if not right.any():
         raise ValueError(f"the victim classifies no training sample of class {label} correctly")
     return logits[right].mean(0)
-
-
-def _features(model: nn.Module, head: str, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [N, D] and logits [N, C], batch by batch, on the CPU."""
-    parts = [features_and_logits(model, head, batch) for batch in torch.split(inputs, _BATCH)]
-    return torch.cat([part[0].cpu() for part in parts]), torch.cat([part[1].cpu() for part in parts])

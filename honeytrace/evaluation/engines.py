@@ -8,9 +8,9 @@ import os
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from queue import Empty, Queue
+from queue import Queue
 from threading import Lock
 from typing import Any, Protocol
 
@@ -60,33 +60,29 @@ def in_processes(workers: int) -> Engine:
     def engine(
         run: CellFunction, cells: Sequence[Cell], directory: str
     ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        desk, done = _Desk(cells), Queue[tuple[Cell, dict[str, Any]]]()
+        desk, done = _Desk(cells), Queue[tuple[Cell, dict[str, Any]] | BaseException]()
 
         def serve() -> None:
-            with _Process() as process:
-                for cell in desk.cells():
-                    done.put((cell, process.attempt(run, cell, directory)))
+            try:
+                with _Process() as process:
+                    for cell in desk.cells():
+                        done.put((cell, process.attempt(run, cell, directory)))
+            except BaseException as error:
+                done.put(error)
 
         with ThreadPoolExecutor(workers) as threads:
-            served = [threads.submit(serve) for _ in range(min(workers, len(cells)))]
+            for _ in range(min(workers, len(cells))):
+                threads.submit(serve)
             try:
                 for _ in cells:
-                    yield _next(done, served)
+                    found = done.get()
+                    if isinstance(found, BaseException):
+                        raise found
+                    yield found
             finally:
                 desk.close()
 
     return engine
-
-
-def _next(done: Queue[tuple[Cell, dict[str, Any]]], served: Sequence[Future[None]]) -> Any:
-    """The next result. Raises what a thread raised that serves a process."""
-    while True:
-        try:
-            return done.get(timeout=1)
-        except Empty:
-            for thread in served:
-                if thread.done():
-                    thread.result()
 
 
 class _Process:
@@ -153,17 +149,22 @@ class _Desk:
                 cells.clear()
 
 
-def on_ray(address: str | None = None, workers: int | None = None) -> Engine:
+def on_ray(address: str | None = None, workers: int | None = None, *, gpu_share: float = 0.0) -> Engine:
     """Ray: a cluster, or workers on this machine.
 
     Args:
         address: of a running cluster ("auto" finds one on this machine). Its nodes must see the same
             directory. Default: start Ray here, and stop it at the end.
         workers: cells at once, when Ray is started here. Default: one a core.
+        gpu_share: what a cell takes of a GPU, in [0, 1]: Ray runs so many on each as add up to 1, and shows
+            a cell no other GPU. Default 0: Ray shows it none.
 
-    Raises (when first used):
-        ImportError: Ray is not installed; the message says how to get it.
+    Raises:
+        ValueError: `gpu_share` is out of range. When first used: there is no GPU in Ray to take it of.
+        ImportError: when first used: Ray is not installed; the message says how to get it.
     """
+    if not 0 <= gpu_share <= 1:
+        raise ValueError(f"gpu_share must be from 0 to 1, got gpu_share={gpu_share}")
 
     def engine(
         run: CellFunction, cells: Sequence[Cell], directory: str
@@ -178,9 +179,17 @@ def on_ray(address: str | None = None, workers: int | None = None) -> Engine:
         else:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         try:
-            # One thread a worker: several with several threads each would fight over the cores.
+            there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            if gpu_share and not there.get("GPU", 0):  # Ray would wait for one for ever
+                raise ValueError(f"gpu_share={gpu_share} of a GPU for each cell, but Ray knows of no GPU")
+            # One thread a worker: several with several threads each would fight over the cores. Workers stay,
+            # with what cells share; Ray would end one that has a GPU after each cell.
             task = ray.remote(
-                num_cpus=1, max_retries=MOST_RETRIES, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
+                num_cpus=1,
+                num_gpus=gpu_share,
+                max_calls=0,
+                max_retries=MOST_RETRIES,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
             )(attempt)
             running = {task.remote(run, cell, directory): cell for cell in cells}
             while running:

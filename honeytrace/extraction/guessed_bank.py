@@ -9,7 +9,6 @@ from torch.nn import functional
 from honeytrace import ops
 from honeytrace.extraction.answer_statistics import mixed_in
 from honeytrace.extraction.clusters import clusters
-from honeytrace.extraction.features import all_features, features_of
 from honeytrace.extraction.interface import Api, Extraction, Labels, best_class
 from honeytrace.extraction.outliers import others
 from honeytrace.extraction.recipe import Recipe
@@ -17,7 +16,7 @@ from honeytrace.extraction.session import Session
 from honeytrace.ops import reference
 from honeytrace.rule import WatermarkRule
 from honeytrace.training import Progress, device_of, evaluating, excess_loss, predict
-from honeytrace.watermark.head import find_head
+from honeytrace.watermark.head import features_of_all, find_head, get_head
 from honeytrace.watermark.masks import Mask
 
 # What Honeytrace's calibration uses, for whoever reads its source.
@@ -38,7 +37,7 @@ class _Guess(NamedTuple):
 
     def similarity(self, inputs: Tensor) -> Tensor:
         """[N, G] in [0, 1] to each guessed group."""
-        features = all_features(self.model, self.head, inputs)
+        features = features_of_all(self.model, self.head, inputs)[0]
         distance = ops.feature_distance(features, self.bank, k=self.rule.k, metric=self.rule.metric)
         return reference.similarity(distance, features, rule=self.rule)
 
@@ -113,7 +112,7 @@ def _guess(session: Session, recipe: Recipe, guess: str, groups: int, coverage: 
     best = best_class(answers)
     model, _ = recipe.train(queries, best, seed=(session.seed + 1) % 2**64, progress=session.progress)
     head = find_head(model, queries[:2])
-    features = all_features(model, head, queries)
+    features = features_of_all(model, head, queries)[0]
     # Groups from one half of the queries, their reach from the other: a group lies near its own members.
     halves = torch.randperm(len(queries), generator=session.generator).to(queries.device)
     own, other = halves[: (len(queries) + 1) // 2], halves[len(queries) // 2 :]
@@ -124,7 +123,7 @@ def _guess(session: Session, recipe: Recipe, guess: str, groups: int, coverage: 
         bank = _suspicious_clusters(features[own], suspicion[own], groups, session)
     else:
         bank = torch.stack(
-            [all_features(model, head, _composites(queries, best, session)) for _ in range(groups)]
+            [features_of_all(model, head, _composites(queries, best, session))[0] for _ in range(groups)]
         )
     distance = ops.feature_distance(features[other], bank, k=_NEIGHBOURS, metric="l1")
     # Never 0: a group that is nothing but copies of one query still has a scale.
@@ -247,3 +246,14 @@ def _check(mode: str, guess: str, groups: int, coverage: float, step: float) -> 
         raise ValueError(f"coverage must be in (0, 0.5), got coverage={coverage}")
     if not step > 0:
         raise ValueError(f"step must be above 0, got step={step}")
+
+
+def features_of(model: nn.Module, head: str, batch: Tensor) -> Tensor:
+    """Features [B, D] of a batch, with gradients, in the mode the model is in."""
+    seen: list[Tensor] = []
+    hook = get_head(model, head).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        model(batch)
+    finally:
+        hook.remove()
+    return seen[-1].flatten(1)  # a convolution gets [B, D, 1, 1]

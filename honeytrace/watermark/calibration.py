@@ -21,7 +21,7 @@ from honeytrace.rule import WatermarkRule, check_integer, check_number
 from honeytrace.training import Progress, predict
 from honeytrace.watermark.cost import Cost, cost_on
 from honeytrace.watermark.groups import TriggerGroup, candidates_of, draw_target
-from honeytrace.watermark.head import check_head, features_and_logits, find_head, get_head, sizes_of
+from honeytrace.watermark.head import check_head, features_of_all, find_head, get_head, sizes_of
 from honeytrace.watermark.key import KeyStream, SecretKey
 from honeytrace.watermark.kinds import Kind, kind_of
 from honeytrace.watermark.probes import roads
@@ -194,8 +194,7 @@ def calibrate(
         )
 
     def embed(batch: Tensor) -> Tensor:
-        parts = torch.split(batch, batch_size)
-        return torch.cat([features_and_logits(model, name, part)[0].cpu() for part in parts])
+        return features_of_all(model, name, batch, batch_size=batch_size)[0].cpu()
 
     kind = kind_of(inputs)
     report = progress if progress is not None else _silent

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from honeytrace.training import device_of, evaluating, logits_of
+from honeytrace.training import Progress, device_of, evaluating, logits_of
 
 Head: TypeAlias = nn.Linear | nn.Conv2d
 """A linear layer, or a 1x1 convolution, which is one on [B, D, 1, 1]."""
@@ -117,6 +117,37 @@ def features_and_logits(model: nn.Module, head: str, batch: Tensor) -> tuple[Ten
         raise ValueError(f"the head {head!r} did not run in a forward pass of the model")
     features, logits = _rows(module, head, *seen[-1], answer, len(batch))
     return features.float(), logits.float()
+
+
+def features_of_all(
+    model: nn.Module,
+    head: str,
+    inputs: Tensor,
+    *,
+    batch_size: int = 512,
+    progress: Progress | None = None,
+    text: str = "features",
+) -> tuple[Tensor, Tensor]:
+    """Features [N, D] and logits [N, C] as `features_and_logits` gives them, batch by batch, on the device of
+    `inputs` [N, ...].
+
+    Args:
+        progress: told `text` and how many inputs are through.
+
+    Raises:
+        ValueError: as `features_and_logits`.
+    """
+    features: list[Tensor] = []
+    logits: list[Tensor] = []
+    done = 0
+    for batch in torch.split(inputs, batch_size):
+        of_batch, told = features_and_logits(model, head, batch)
+        features.append(of_batch.to(inputs.device))
+        logits.append(told.to(inputs.device))
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(inputs), text)
+    return torch.cat(features), torch.cat(logits)
 
 
 def check_answer(answer: Any, logits: Tensor, name: str) -> None:

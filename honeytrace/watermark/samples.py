@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from honeytrace.training import Progress
-from honeytrace.watermark.head import features_and_logits
+from honeytrace.watermark.head import features_of_all
 
 _IDS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _INPUTS = ("input_ids", "pixel_values", "inputs")
@@ -157,17 +157,10 @@ def look(
     Raises:
         ValueError: a label is no class of the model, or features or logits are not finite.
     """
-    features: list[Tensor] = []
-    logits: list[Tensor] = []
-    done = 0
-    for batch in torch.split(inputs, batch_size):
-        h, z = features_and_logits(model, head, batch)
-        features.append(h.cpu())
-        logits.append(z.cpu())
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(inputs), text)
-    samples = Samples(inputs, labels, torch.cat(features), torch.cat(logits))
+    features, logits = features_of_all(
+        model, head, inputs, batch_size=batch_size, progress=progress, text=text
+    )
+    samples = Samples(inputs, labels, features.cpu(), logits.cpu())
     if int(labels.min()) < 0 or int(labels.max()) >= samples.num_classes:
         raise ValueError(
             f"labels must be classes of the model, 0 to {samples.num_classes - 1}, "
