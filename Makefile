@@ -108,17 +108,30 @@ fuzz-threads:
 fuzz-files: tools
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_files.py --seconds $(FUZZ_SECONDS)
 
-test-gpu: tools gpu-there
-	$(BIN)/python -m pytest -q -m gpu
+# A machine with a GPU often has a torch of its own and no registry: WITH=python3 takes that Python and what it has, and
+# builds the core for it in place.
+ifdef WITH
+GPU_PYTHON := PYTHONPATH=$(CURDIR) $(WITH)
+gpu-python:
+	HONEYTRACE_CUDA=1 $(WITH) setup.py -q build_ext --inplace
+else
+GPU_PYTHON := $(BIN)/python
+gpu-python: tools
+endif
 
-bench-gpu: tools gpu-there
+# By file, for what other tests import may not be there.
+test-gpu: gpu-there
+	$(GPU_PYTHON) -m pytest -q -m gpu $(shell grep -l "mark\.gpu" tests/*.py)
+
+# BENCH_OPTIONS="--without compiled" leaves torch.compile out.
+bench-gpu: gpu-there
 	@found=0; for file in bench/gpu_*.py; do test -e "$$file" || continue; found=1; \
-		echo "== $$file"; $(BIN)/python "$$file" || exit 1; done; \
+		echo "== $$file"; $(GPU_PYTHON) "$$file" $(BENCH_OPTIONS) || exit 1; done; \
 	test $$found -eq 1 || { echo "there are no GPU benches in bench/" >&2; exit 1; }
 
-.PHONY: gpu-there
-gpu-there: install
-	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU that torch can use: nothing was run')"
+.PHONY: gpu-there gpu-python
+gpu-there: gpu-python
+	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU that torch can use: nothing was run')"
 
 clean:
 	rm -rf $(VENV) build dist honeytrace/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
