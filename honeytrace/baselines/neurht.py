@@ -41,6 +41,7 @@ def neurht_published(
     target: int | None = None,
     precision: Precision = "float32",
     progress: Progress | None = None,
+    combiner: str = "quadrant",
     preset: str = "cifar10",
     unit: float | None = None,
     bank_size: int = 200,
@@ -57,6 +58,7 @@ def neurht_published(
     Source: arXiv 2501.09328, section 4, and its code (target class 9; here drawn, unless `target` says so).
 
     Args:
+        combiner: of bank and triggers, a name in `combiners.MASKS`. Default: the published one.
         preset: as in `WatermarkRule.neurht`.
         unit: distance (mean absolute difference of features) that the rule counts as 1, above 0. Default: the
             one that makes the median distance of the training samples to the bank 1.35, as it is without any
@@ -80,7 +82,7 @@ def neurht_published(
     sources = draw_sources(seed, train.labels, 2)
     pair = (sources[0], sources[1])
     drawn = draw_target(seed, classes, pair, target)
-    mix = masked("quadrant", train.inputs.shape[1:])
+    mix = masked(combiner, train.inputs.shape[1:])
     head = find_head(model, train.inputs[:2])
     composites = mix(*draw_pairs(*train, pair, bank_size, draw_generator(seed, "bank")))
     bank = Bank(features_of_all(model, head, composites)[0])

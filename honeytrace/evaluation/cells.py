@@ -6,6 +6,7 @@ world (data, seed) -> defended model (row) -> copy (column) -> copy after remova
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import os
 import time
@@ -37,9 +38,6 @@ from honeytrace.world import DataName, World
 
 MOST_GROUPS = 200
 """Of a defence whose triggers are the attacker's own queries (DAWN) so many are asked."""
-
-COMBINED = {"composite": "half", "mea-defender": "half", "neurht-published": "quadrant"}
-"""Baselines whose triggers are combined samples, and how they are combined where a plan does not say."""
 
 _MIXTURES = 200
 
@@ -106,7 +104,10 @@ class _Row:
     @cached_property
     def own_success(self) -> float | None:
         """Share of the triggers that the defended model itself answers with their target."""
-        return None if self.mark is None else _success(self.model, self.mark.groups)
+        if self.mark is None:
+            return None
+        groups = self.mark.groups
+        return _success([training.predict(self.model, group.triggers) for group in groups], groups)
 
     @cached_property
     def false_alarms(self) -> float | None:
@@ -256,7 +257,7 @@ class _Bench:
             digest=_names(model_digest(defended.model), described),
             null=False,
             test=world.splits.test,
-            combiner=own.get("combiner", COMBINED.get(settings["defence"])),
+            combiner=own.get("combiner", _default(DEFENCES[settings["defence"]], "combiner")),
         )
 
     def _defended(self, name: str, epochs: int | None, own: dict[str, Any]) -> Defended:
@@ -415,6 +416,12 @@ def _bench(data: DataName, seed: int, precision: training.Precision, device: str
     return _Bench(World(data, seed=seed, key=key, cache=cache, precision=precision, device=device))
 
 
+def _default(function: Callable[..., Any], name: str) -> Any:
+    """The default of a setting; None where the function has no such setting."""
+    setting = inspect.signature(function).parameters.get(name)
+    return None if setting is None else setting.default
+
+
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
@@ -461,7 +468,8 @@ def _ownership(copy: nn.Module, mark: Any, key: SecretKey, cell: Cell) -> dict[s
     groups = list(mark.groups)
     flips = [group for group in groups if getattr(group, "mark", "flip") == "flip"]
     learned = flips if cell.column_settings.get("labels") == "top1" and flips else groups
-    probabilities = [training.predict(copy, g.triggers).double().softmax(1) for g in learned]
+    logits = [training.predict(copy, g.triggers) for g in learned]
+    probabilities = [of_group.double().softmax(1) for of_group in logits]
     said = np.concatenate([p[:, g.target].numpy() for p, g in zip(probabilities, learned, strict=True)])
     nearest = [
         fitted_reference(p, g.reference_log_probs) for p, g in zip(probabilities, learned, strict=True)
@@ -470,16 +478,16 @@ def _ownership(copy: nn.Module, mark: Any, key: SecretKey, cell: Cell) -> dict[s
     return {
         "claims": {answers: _told(verdict) for answers, verdict in verdicts.items()},
         "smallest_p_value": verdicts["scores"].smallest_p_value,
-        "success_rate": _success(copy, learned),
+        "success_rate": _success(logits, learned),
         "target_probability": float(said.mean()),
         "target_probability_reference": float(expected.mean()),
         "t_test_queries": t_test(said, expected).queries_to_significance if said.size > 1 else None,
     }
 
 
-def _success(model: nn.Module, groups: Sequence[TriggerGroup]) -> float:
-    """Share of the groups' triggers that a model answers with their target."""
-    hits = [extraction.predicted_labels(model, group.triggers) == group.target for group in groups]
+def _success(logits: Sequence[Tensor], groups: Sequence[TriggerGroup]) -> float:
+    """Share of the groups' triggers whose answer, `logits` [N, C] for each group, is the target."""
+    hits = [told.argmax(1) == group.target for told, group in zip(logits, groups, strict=True)]
     return float(torch.cat(hits).double().mean())
 
 
