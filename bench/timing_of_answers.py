@@ -18,12 +18,10 @@ asked again and again in random order, each alone. Printed for the usual kernel 
 from __future__ import annotations
 
 import argparse
+import functools
 import http.client
 import json
-import random
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +31,11 @@ from scipy.stats import mannwhitneyu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from timed import chance_longer, from_one_place, times_of
+
 import honeytrace as ht
 from honeytrace import data, models, training
 from honeytrace.watermark.head import features_and_logits
-
-
-def chance_longer(bent: np.ndarray, plain: np.ndarray) -> float:
-    """P(a bent query takes longer than one that is not), ties half: the area under the ROC curve."""
-    return float(mannwhitneyu(bent, plain).statistic / (len(bent) * len(plain)))
 
 
 def compare(times: np.ndarray, bent: np.ndarray) -> dict[str, float]:
@@ -62,18 +57,6 @@ def compare(times: np.ndarray, bent: np.ndarray) -> dict[str, float]:
         "needed": float((3.3 * error / difference) ** 2) if difference > 0 else float("inf"),
         "share": float(between / total.var()),
     }
-
-
-def measure(ask: Callable[[int], object], bent: np.ndarray, repeats: int, seed: int = 0) -> np.ndarray:
-    """Seconds of ask(query) [queries, repeats], each round over all queries in an order of its own."""
-    order = random.Random(seed)
-    times = np.zeros((len(bent), repeats))
-    for repeat in range(repeats):
-        for query in order.sample(range(len(bent)), len(bent)):
-            start = time.perf_counter()
-            ask(query)
-            times[query, repeat] = time.perf_counter() - start
-    return times
 
 
 def world() -> tuple[torch.nn.Module, ht.Watermark, torch.Tensor]:
@@ -102,18 +85,11 @@ def op_times(watermark: ht.Watermark, features: torch.Tensor, logits: torch.Tens
     marker = ht.numpy.Marker._of(
         {name: t.numpy() for name, t in watermark._plain()[0].items()}, watermark._plain()[1]
     )
-    rows = features.numpy(), logits.numpy()
-    # From one place in memory: where a row lies can take longer, too, than a row beside it.
-    asked = [np.empty_like(part[:1]) for part in rows]
-
-    def ask(query: int) -> object:
-        for one, all_of_it in zip(asked, rows, strict=True):
-            one[0] = all_of_it[query]
-        return marker.mark(*asked, constant_time=constant_time)
-
+    mark = functools.partial(marker.mark, constant_time=constant_time)
+    ask = from_one_place(mark, features.numpy(), logits.numpy())
     for query in range(len(bent)):
         ask(query)
-    return measure(ask, bent, repeats)
+    return times_of(ask, len(bent), repeats)
 
 
 def http_times(url: str, inputs: torch.Tensor, bent: np.ndarray, repeats: int) -> np.ndarray:
@@ -128,7 +104,7 @@ def http_times(url: str, inputs: torch.Tensor, bent: np.ndarray, repeats: int) -
 
     for query in range(len(bent)):
         ask(query)
-    return measure(ask, bent, repeats)
+    return times_of(ask, len(bent), repeats)
 
 
 def main() -> None:

@@ -7,11 +7,11 @@ model, and over HTTP: bench/timing_of_answers.py and docs/serving.md.
 
 from __future__ import annotations
 
-import random
-import time
+import functools
 
 import numpy as np
 import pytest
+from timed import chance_longer, from_one_place, times_of
 
 pytest.importorskip("honeytrace._C", reason="this installation has no compiled core")
 
@@ -21,25 +21,10 @@ from honeytrace.numpy import Marker
 QUERIES, REPEATS = 60, 60
 
 
-def chance_longer(a: np.ndarray, b: np.ndarray) -> float:
-    """P(one of a takes longer than one of b)."""
-    return float((a[:, None] > b).mean() + (a[:, None] == b).mean() / 2)
-
-
-def times_of(marker: Marker, features: np.ndarray, logits: np.ndarray, constant_time: bool) -> np.ndarray:
-    """[rounds, queries], each query asked alone, in an order that is new in each round.
-
-    All are asked from one place in memory: where a row lies can take longer, too, than a row beside it.
-    """
-    order, times = random.Random(1), np.zeros((REPEATS, len(features)))
-    asked, bare = np.empty_like(features[:1]), np.empty_like(logits[:1])
-    for repeat in range(REPEATS):
-        for query in order.sample(range(len(features)), len(features)):
-            asked[0], bare[0] = features[query], logits[query]
-            start = time.perf_counter()
-            marker.mark(asked, bare, constant_time=constant_time)
-            times[repeat, query] = time.perf_counter() - start
-    return times[5:]
+def times_by(marker: Marker, features: np.ndarray, logits: np.ndarray, constant_time: bool) -> np.ndarray:
+    """[queries, repeats], without the first ones."""
+    mark = functools.partial(marker.mark, constant_time=constant_time)
+    return times_of(from_one_place(mark, features, logits), len(features), REPEATS)[:, 5:]
 
 
 @pytest.mark.perf
@@ -61,10 +46,10 @@ def test_time_tells_bent_answers_from_others_only_without_constant_time(flip_bin
 
     # What one question tells. The median of a query's 55 times tells more, also of what is not the kernel's:
     # differences of a thousandth come and go, and two queries of one kind show them as well.
-    usual = times_of(marker, features, logits, constant_time=False)
-    seen = chance_longer(usual[:, bent].ravel(), usual[:, ~bent].ravel())
+    usual = times_by(marker, features, logits, constant_time=False)
+    seen = chance_longer(usual[bent].ravel(), usual[~bent].ravel())
     assert seen > 0.75  # the instrument sees what there is to see
-    even = times_of(marker, features, logits, constant_time=True)
-    assert 0.45 < chance_longer(even[:, bent].ravel(), even[:, ~bent].ravel()) < 0.55
-    medians = np.median(even, axis=0)
+    even = times_by(marker, features, logits, constant_time=True)
+    assert 0.45 < chance_longer(even[bent].ravel(), even[~bent].ravel()) < 0.55
+    medians = np.median(even, axis=1)
     assert abs(np.median(medians[bent]) / np.median(medians[~bent]) - 1) < 0.01
