@@ -18,7 +18,6 @@ asked again and again in random order, each alone. Printed for the usual kernel 
 from __future__ import annotations
 
 import argparse
-import functools
 import http.client
 import json
 import sys
@@ -31,7 +30,7 @@ from scipy.stats import mannwhitneyu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from timed import chance_longer, from_one_place, times_of
+from timed import chance_longer, one_place, times_of
 
 import honeytrace as ht
 from honeytrace import data, models, training
@@ -85,11 +84,15 @@ def op_times(watermark: ht.Watermark, features: torch.Tensor, logits: torch.Tens
     marker = ht.numpy.Marker._of(
         {name: t.numpy() for name, t in watermark._plain()[0].items()}, watermark._plain()[1]
     )
-    mark = functools.partial(marker.mark, constant_time=constant_time)
-    ask = from_one_place(mark, features.numpy(), logits.numpy())
+    place, put = one_place(features.numpy(), logits.numpy())
+
+    def ask(query: int) -> object:
+        return marker.mark(*place, constant_time=constant_time)
+
     for query in range(len(bent)):
+        put(query)
         ask(query)
-    return times_of(ask, len(bent), repeats)
+    return times_of(ask, len(bent), repeats, prepare=put)
 
 
 def http_times(url: str, inputs: torch.Tensor, bent: np.ndarray, repeats: int) -> np.ndarray:

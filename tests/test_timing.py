@@ -7,11 +7,9 @@ model, and over HTTP: bench/timing_of_answers.py and docs/serving.md.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
-from timed import chance_longer, from_one_place, times_of
+from timed import chance_longer, one_place, times_of
 
 pytest.importorskip("honeytrace._C", reason="this installation has no compiled core")
 
@@ -23,8 +21,12 @@ QUERIES, REPEATS = 60, 60
 
 def times_by(marker: Marker, features: np.ndarray, logits: np.ndarray, constant_time: bool) -> np.ndarray:
     """[queries, repeats], without the first ones."""
-    mark = functools.partial(marker.mark, constant_time=constant_time)
-    return times_of(from_one_place(mark, features, logits), len(features), REPEATS)[:, 5:]
+    place, put = one_place(features, logits)
+
+    def ask(query: int) -> object:
+        return marker.mark(*place, constant_time=constant_time)
+
+    return times_of(ask, len(features), REPEATS, prepare=put)[:, 5:]
 
 
 @pytest.mark.perf
