@@ -421,7 +421,7 @@ def _engine(name: str, address: str | None, workers: int | None, device: str) ->
         if torch.device(device).type == "cpu":
             return evaluation.on_ray(address, workers)
         gpus = torch.cuda.device_count() if address is None else 1
-        return evaluation.on_ray(address, workers, gpu_share=1 / max(1, math.ceil((workers or 1) / gpus)))
+        return evaluation.on_ray(address, workers, gpu_share=1 / math.ceil((workers or 1) / gpus))
     return evaluation.in_process if workers is None else evaluation.in_processes(workers)
 
 

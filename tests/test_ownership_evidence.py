@@ -404,12 +404,12 @@ PRIME = 2**255 - 19
 D = -121665 * pow(121666, -1, PRIME) % PRIME
 
 
-def doubled(point):
-    x, y = point
-    curve = 1 + D * x * x * y * y, 1 - D * x * x * y * y
+def added(one, other):
+    (x, y), (u, v) = one, other
+    cross = D * x * y * u * v
     return (
-        2 * x * y * pow(curve[0], -1, PRIME) % PRIME,
-        (y * y + x * x) * pow(curve[1], -1, PRIME) % PRIME,
+        (x * v + y * u) * pow(1 + cross, -1, PRIME) % PRIME,
+        (y * v + x * u) * pow(1 - cross, -1, PRIME) % PRIME,
     )
 
 
@@ -430,17 +430,14 @@ def of_order_eight():
         start = decoded(seed.to_bytes(32, "little"))
         if start is None:
             continue
-        x, y = 0, 1
+        point = 0, 1
         for bit in bin(order)[2:]:
-            x, y = doubled((x, y))
+            point = added(point, point)
             if bit == "1":
-                cross = D * x * y * start[0] * start[1]
-                x, y = (
-                    (x * start[1] + y * start[0]) * pow(1 + cross, -1, PRIME) % PRIME,
-                    (y * start[1] + x * start[0]) * pow(1 - cross, -1, PRIME) % PRIME,
-                )
-        if doubled(doubled((x, y))) != (0, 1):
-            return x, y
+                point = added(point, start)
+        twice = added(point, point)
+        if added(twice, twice) != (0, 1):
+            return point
     raise AssertionError("no point of order 8")
 
 
@@ -452,22 +449,25 @@ def encodings_of_small_order():
             yield (y + (sign << 255)).to_bytes(32, "little")
 
 
+SMALL_ORDER = list(encodings_of_small_order())
+
+
 def test_the_points_are_of_small_order():
     orders = set()
-    for encoding in encodings_of_small_order():
+    for encoding in SMALL_ORDER:
         point, order = decoded(encoding), 1
         assert point is not None
         while point != (0, 1):
-            point, order = doubled(point), 2 * order
+            point, order = added(point, point), 2 * order
         orders.add(order)
     assert orders == {1, 2, 4, 8}
 
 
-@pytest.mark.parametrize("public", list(encodings_of_small_order()), ids=lambda public: public.hex()[:8])
+@pytest.mark.parametrize("public", SMALL_ORDER, ids=lambda public: public.hex()[:8])
 def test_a_key_that_anybody_can_sign_with_signs_nothing(public, bundle):
     """S = 0 and R of small order: the equation S B = R + h A then holds for some h, whatever was signed."""
     tried = []
-    for commitment in encodings_of_small_order():
+    for commitment in SMALL_ORDER:
         (bundle / "signature.json").write_bytes(
             canonical.page(
                 {
@@ -479,7 +479,7 @@ def test_a_key_that_anybody_can_sign_with_signs_nothing(public, bundle):
         )
         tried += check(bundle, signed_by=public.hex()).problems
     assert tried == ["signature.json has a public key that anybody can sign with"] * len(tried)
-    assert len(tried) == len(list(encodings_of_small_order()))
+    assert len(tried) == len(SMALL_ORDER)
 
 
 # commitments ----------

@@ -175,7 +175,7 @@ def _moved_away(made: _Guess, inputs: Tensor, step: float, session: Session) -> 
             point = batch.detach().to(device)
             for _ in range(_STEPS):
                 point.requires_grad_()
-                features = features_of(made.model, made.head, point).float()
+                features = _features_of(made.model, made.head, point).float()
                 distance = reference.feature_distance(features, bank, k=made.rule.k, metric=made.rule.metric)
                 similarity = reference.similarity(distance, features.detach(), rule=made.rule)
                 slope = torch.autograd.grad(similarity.sum(), point)[0]
@@ -248,7 +248,7 @@ def _check(mode: str, guess: str, groups: int, coverage: float, step: float) -> 
         raise ValueError(f"step must be above 0, got step={step}")
 
 
-def features_of(model: nn.Module, head: str, batch: Tensor) -> Tensor:
+def _features_of(model: nn.Module, head: str, batch: Tensor) -> Tensor:
     """Features [B, D] of a batch, with gradients, in the mode the model is in."""
     seen: list[Tensor] = []
     hook = get_head(model, head).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
