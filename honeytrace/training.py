@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
 
 import torch
@@ -11,11 +12,17 @@ from torch.nn import functional
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-Precision: TypeAlias = Literal["float32", "bfloat16"]
-"""What the forward pass of a training step computes in."""
+Precision: TypeAlias = Literal["float32", "bfloat16", "tensorfloat32"]
+"""What a training step computes in: float32; bfloat16 in the forward pass; or, on a GPU, float32 whose
+factors in convolutions and matrix products are rounded to 11 bits (NVIDIA's TF32)."""
 
 # Share of all steps in which the learning rate rises.
 _RISE = 0.25
+
+# Steps on a GPU between two looks at the loss: each look waits for all that was launched.
+_LOOK = 16
+
+_recording: ContextVar[bool] = ContextVar("recording", default=False)
 
 # Bytes of samples that are moved to the model's device at once, and not batch by batch.
 _MOVED_AT_ONCE = 2**30
@@ -58,13 +65,15 @@ class History(NamedTuple):
 
 
 def fastest_precision(device: str | torch.device = "cpu") -> Precision:
-    """What small models train in fastest: bfloat16 where the processor multiplies it, else float32.
+    """What small models train in fastest: on a GPU tensorfloat32, elsewhere bfloat16 where the processor
+    multiplies it, else float32.
 
-    Without instructions of its own bfloat16 is emulated, at a fraction of float32's speed. On a GPU the
-    launches of kernels take the time, of which autocast has more: float32.
+    Without instructions of its own bfloat16 is emulated, at a fraction of float32's speed. On a GPU autocast
+    would add launches, of which small models have too many; and cuDNN's repeatable float32 convolutions of
+    5x5 filters take many times what those on tensor cores take (docs/evaluation.md).
     """
     if torch.device(device).type != "cpu":
-        return "float32"
+        return "tensorfloat32"
     # Torch before 2.10 has no word for it.
     capabilities = getattr(torch.cpu, "get_capabilities", dict[str, Any])()
     known = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")
@@ -124,19 +133,20 @@ def fit(
         optimizer: "adamw" (arXiv 1711.05101) or "sgd" with Nesterov momentum 0.9.
         weight_decay: default 0.01; decoupled for "adamw".
         augment: changes each batch before it is learned.
-        precision: "float32" (default), or "bfloat16": the forward pass under autocast, weights and updates in
-            float32. Where the processor has bfloat16 instructions a step takes half the time or less.
+        precision: "float32" (default); "bfloat16": the forward pass under autocast, weights and updates in
+            float32 (where the processor has bfloat16 instructions a step takes half the time or less); or
+            "tensorfloat32", on a GPU only.
         objective: gives loss and logits of each batch. It calls the model itself, which may then be anything
             that holds the weights to train (two copies, a copy with a second head). Runs under `precision`.
             Default: cross entropy of ``model(batch)``.
-        progress: told of every batch.
+        progress: told of every batch; on a GPU of every 16th.
 
     Returns:
         Loss and accuracy of each epoch.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or value.
-        FloatingPointError: the loss became infinite or NaN.
+        FloatingPointError: the loss became infinite or NaN (on a GPU it is looked at every 16 steps).
     """
     labels = _check_training_data(inputs, targets)
     check_settings(
@@ -152,57 +162,164 @@ def fit(
     device = device_of(model)
     if inputs.nbytes + targets.nbytes <= _MOVED_AT_ONCE:
         inputs, targets = inputs.to(device), targets.to(device)
-    halved = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     batches = math.ceil(len(inputs) / batch_size)
+    total, look = epochs * batches, 1 if device.type == "cpu" else _LOOK
     order = torch.Generator().manual_seed(seed)
     # A stream of its own for augmentation, so that turning it on leaves the order of the samples as it was.
     changes = torch.Generator(device=inputs.device).manual_seed((seed + 1) % 2**64)
-    steps = _make_optimizer(model, optimizer, learning_rate, weight_decay)
+    optimizing = _make_optimizer(model, optimizer, learning_rate, weight_decay)
     losses: list[float] = []
     accuracies: list[float] = []
-    with _own_randomness(seed, device), repeatable(), _channels_last(model, inputs):
+    with _own_randomness(seed, device), repeatable(precision, device), _channels_last(model, inputs):
         model.train()
+        step = _Step(
+            model,
+            inputs,
+            targets,
+            optimizing,
+            precision=precision,
+            objective=objective,
+            augment=augment,
+            changes=changes,
+        )
+        take = _Recorded(step) if _recording.get() and _Recorded.fits(step) else step
         for epoch in range(epochs):
-            loss_sum = torch.zeros((), dtype=torch.float64)
-            hits = torch.zeros((), dtype=torch.int64, device=device)
             rows = torch.randperm(len(inputs), generator=order).to(inputs.device)
             for number, chosen in enumerate(rows.tensor_split(batches)):
-                step = epoch * batches + number
-                for group in steps.param_groups:
-                    group["lr"] = learning_rate * _one_cycle(step, epochs * batches)
-                batch = inputs[chosen]
-                if augment is not None:
-                    batch = augment(batch, changes)
-                wanted = targets[chosen.to(targets.device)].to(device)
-                batch = _arranged(batch.to(device))
-                with halved:
-                    if objective is not None:
-                        loss, logits = objective(batch, wanted, step / (epochs * batches))
-                    else:
-                        logits = logits_of(model(batch))
-                _check_logits(logits, wanted)
-                if step == 0:
-                    _check_classes(logits, targets)
-                if objective is None:
-                    loss = functional.cross_entropy(logits.float(), wanted)
-                steps.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                steps.step()
-                value = loss.item()
+                done = epoch * batches + number
+                _set_rate(optimizing, learning_rate * _one_cycle(done, total))
+                take(chosen, done / total)
+                if (done + 1) % look and number + 1 < batches:
+                    continue
+                value = step.loss.item()
                 if not math.isfinite(value):
                     raise FloatingPointError(
                         f"the loss became {value} in epoch {epoch + 1} of {epochs}; lower the learning rate "
                         f"(learning_rate={learning_rate}) or look for infinite values in inputs"
                     )
-                loss_sum += value * len(chosen)
-                best = wanted if labels else wanted.argmax(1)
-                hits += (logits.detach().argmax(1) == best).sum()
                 if progress is not None:
-                    progress(step + 1, epochs * batches, f"epoch {epoch + 1} of {epochs}, loss {value:.3f}")
-            losses.append(float(loss_sum) / len(inputs))
-            accuracies.append(int(hits) / len(inputs))
+                    progress(done + 1, total, f"epoch {epoch + 1} of {epochs}, loss {value:.3f}")
+            losses.append(float(step.loss_sum) / len(inputs))
+            accuracies.append(int(step.hits) / len(inputs))
+            step.loss_sum.zero_()
+            step.hits.zero_()
     model.eval()
     return History(tuple(losses), tuple(accuracies))
+
+
+@contextmanager
+def recorded_steps() -> Iterator[None]:
+    """Inside, `fit` on a GPU records its step as a CUDA graph and replays it: for small models, of which a
+    step's many launches take far longer than its work.
+
+    The weights are the same bit for bit. It is for models whose forward pass does the same every time:
+    whatever Python decides in it (by a random number of its own, or by a value it reads from a tensor) is
+    decided once, when the step is recorded. Training with an objective, with augmentation, by "sgd", or on
+    data too large for the GPU is not recorded.
+    """
+    before = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(before)
+
+
+class _Step:
+    """One step of `fit`: the loss of a batch, its gradient, an update.
+
+    Attributes:
+        loss: of the last batch; loss_sum, hits: sums over the samples of an epoch, where the model is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        objective: Objective | None,
+        augment: Augment | None,
+        changes: torch.Generator,
+    ) -> None:
+        self.model, self.inputs, self.targets, self.optimizer = model, inputs, targets, optimizer
+        self.objective, self.augment, self.changes = objective, augment, changes
+        self.device = device_of(model)
+        self.halved = precision == "bfloat16"
+        self.loss = torch.zeros((), device=self.device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._checked = False
+
+    def __call__(self, chosen: Tensor, place: float) -> None:
+        """Learn the samples `chosen` int64 [B]; `place` of the training in [0, 1)."""
+        batch = self.inputs[chosen]
+        if self.augment is not None:
+            batch = self.augment(batch, self.changes)
+        wanted = self.targets[chosen.to(self.targets.device)].to(self.device)
+        batch = _arranged(batch.to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halved):
+            if self.objective is not None:
+                loss, logits = self.objective(batch, wanted, place)
+            else:
+                logits = logits_of(self.model(batch))
+        _check_logits(logits, wanted)
+        if not self._checked:
+            _check_classes(logits, self.targets)
+            self._checked = True
+        if self.objective is None:
+            loss = functional.cross_entropy(logits.float(), wanted)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        best = wanted if wanted.dim() == 1 else wanted.argmax(1)
+        self.loss.copy_(loss.detach())
+        self.loss_sum += self.loss.double() * len(chosen)
+        self.hits += (logits.detach().argmax(1) == best).sum()
+
+
+class _Recorded:
+    """A step that is taken by replaying a CUDA graph, one for each size of batch."""
+
+    # Before a recording libraries must have set themselves up and the optimizer its state.
+    _WARM_UP = 3
+
+    def __init__(self, step: _Step) -> None:
+        self._step = step
+        self._aside = torch.cuda.Stream(step.device)  # type: ignore[no-untyped-call]
+        self._taken: dict[int, int] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    @staticmethod
+    def fits(step: _Step) -> bool:
+        """Whether nothing in the step changes from one time to the next but the samples and the rate."""
+        return (
+            step.device.type == "cuda"
+            and step.inputs.is_cuda
+            and step.objective is None
+            and step.augment is None
+            and isinstance(step.optimizer, torch.optim.AdamW)
+        )
+
+    def __call__(self, chosen: Tensor, place: float) -> None:
+        size = len(chosen)
+        taken = self._taken.get(size, 0)
+        self._taken[size] = taken + 1
+        if taken < self._WARM_UP:
+            self._aside.wait_stream(torch.cuda.current_stream(self._step.device))
+            with torch.cuda.stream(self._aside):
+                self._step(chosen, place)
+            torch.cuda.current_stream(self._step.device).wait_stream(self._aside)
+            return
+        if size not in self._graphs:
+            graph, samples = torch.cuda.CUDAGraph(), chosen.clone()
+            with torch.cuda.device(self._step.device), torch.cuda.graph(graph):
+                self._step(samples, place)
+            self._graphs[size] = graph, samples
+        graph, samples = self._graphs[size]
+        samples.copy_(chosen)
+        graph.replay()
 
 
 def logits_of(answer: Any) -> Tensor:
@@ -352,9 +469,20 @@ def _make_optimizer(
 
 
 def adamw(weights: list[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, on a GPU as one kernel for all weights: small models are done in less than its launches take."""
-    fused = True if weights[0].is_cuda else None
-    return torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+    """AdamW, on a GPU as one kernel for all weights: small models are done in less than its launches take.
+    There the rate is a tensor, as a recorded step needs it."""
+    if not weights[0].is_cuda:
+        return torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay)
+    rate = torch.tensor(learning_rate, device=weights[0].device)
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=weight_decay, fused=True, capturable=True)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 @contextmanager
@@ -373,15 +501,23 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
-    """Inside, cuDNN takes only algorithms that give the same sums every time."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
+def repeatable(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Inside, a GPU takes only algorithms that give the same sums every time, and multiplies float32 exactly
+    or as `precision` allows.
+
+    Raises:
+        ValueError: `precision` is "tensorfloat32" and `device` is no GPU.
+    """
+    if precision == "tensorfloat32" and device.type != "cuda":
+        raise ValueError(f'precision="tensorfloat32" needs a model on a GPU, this one is on {device}')
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32
     cudnn.deterministic, cudnn.benchmark = True, False
+    cudnn.allow_tf32 = products.allow_tf32 = precision == "tensorfloat32"
     try:
         yield
     finally:
-        cudnn.deterministic, cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = before
 
 
 @contextmanager

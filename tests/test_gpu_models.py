@@ -32,6 +32,9 @@ def test_training_on_a_gpu_learns_what_it_learns_on_the_cpu():
     assert abs(ours - theirs) < 0.02
     half, _ = trained("cuda", precision="bfloat16")
     assert abs(training.accuracy(half, *splits.test) - theirs) < 0.03
+    rounded, _ = trained("cuda", precision="tensorfloat32")
+    assert abs(training.accuracy(rounded, *splits.test) - theirs) < 0.02
+    assert not torch.equal(rounded[0][0].weight, first[0][0].weight)
 
 
 def test_a_protected_model_answers_on_a_gpu_as_on_the_cpu(monkeypatch):
@@ -55,3 +58,37 @@ def test_a_cell_of_the_evaluation(tmp_path):
     assert found["status"] == "done"
     assert found["device"] == torch.cuda.get_device_name()
     assert found["claims"]["scores"]["claim"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "tensorfloat32"])
+def test_recorded_steps_give_the_same_weights(precision):
+    # 1,347 samples in batches of 100: 96 and 97 of them, so two graphs.
+    plain, splits = trained("cuda", batch_size=100, precision=precision)
+    with training.recorded_steps():
+        recorded, _ = trained("cuda", batch_size=100, precision=precision)
+    assert all(map(torch.equal, plain.state_dict().values(), recorded.state_dict().values()))
+    assert training.accuracy(recorded, *splits.test) > 0.9
+
+
+def test_recorded_steps_draw_dropout_anew_in_each_step():
+    splits = data.digits(0)
+
+    def learned():
+        model = training.seeded(
+            lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 10)), 1
+        ).to("cuda")
+        history = training.fit(model, *splits.train, epochs=2, seed=1)
+        return model, history
+
+    plain, told = learned()
+    with training.recorded_steps():
+        recorded, told_again = learned()
+    assert all(map(torch.equal, plain.state_dict().values(), recorded.state_dict().values()))
+    assert told == told_again
+
+
+def test_a_recorded_loss_that_becomes_infinite_is_reported():
+    splits = data.digits(0)
+    model = training.seeded(lambda: models.tiny_cnn(10, 1, 8).to("cuda"), 1)
+    with training.recorded_steps(), pytest.raises(FloatingPointError, match="loss became"):
+        training.fit(model, *splits.train, epochs=40, seed=1, learning_rate=1e30)

@@ -57,9 +57,19 @@ def test_learns_labels_and_probabilities(
 def test_the_fastest_precision_is_what_the_processor_multiplies(monkeypatch, processor, expected) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
     assert training.fastest_precision() == expected
-    assert training.fastest_precision("cuda") == "float32"
+    assert training.fastest_precision("cuda") == "tensorfloat32"
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert training.fastest_precision() == "float32"
+
+
+def test_tensorfloat32_is_for_gpus(images: tuple[Tensor, Tensor]) -> None:
+    model = small_cnn(4, 1, 8, width=8)
+    before = weights(model)
+    with pytest.raises(
+        ValueError, match='precision="tensorfloat32" needs a model on a GPU, this one is on cpu'
+    ):
+        fit(model, *images, epochs=1, seed=0, precision="tensorfloat32")
+    assert same(weights(model), before)
 
 
 def test_bfloat16_learns_in_half_precision_with_weights_and_updates_in_float32(

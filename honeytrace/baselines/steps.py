@@ -85,7 +85,7 @@ def train_steps(
     # Faster on a CPU, and put back at the end, for safetensors among others want contiguous weights.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
-    with repeatable():
+    with repeatable(precision, device):
         seeded(run, seed)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.zero_grad(set_to_none=True)

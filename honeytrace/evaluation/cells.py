@@ -74,7 +74,9 @@ def run_cell(
     precision = training.fastest_precision(device) if cell.precision == "fastest" else cell.precision
     bench = _bench(cell.data, cell.seed, precision, device, str(directory))
     try:
-        found = _figures(bench, cell, progress)
+        # All that is trained here are networks whose forward pass is the same every time.
+        with training.recorded_steps():
+            found = _figures(bench, cell, progress)
     except NotApplicable as error:
         found = {"status": "not applicable", "reason": str(error)}
     seconds = round(time.perf_counter() - began, 1)
@@ -411,7 +413,8 @@ class _Groups:
 @lru_cache(maxsize=4)
 def _bench(data: DataName, seed: int, precision: training.Precision, device: str, directory: str) -> _Bench:
     if torch.device(device).type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # float32 that is float32, as on the CPU
+        # Answers are float32 that is float32, as on the CPU; trainings have the precision of the plan.
+        torch.backends.cudnn.allow_tf32 = False
     cache, key = ModelCache(Path(directory) / "models"), evaluation_key(seed)
     return _Bench(World(data, seed=seed, key=key, cache=cache, precision=precision, device=device))
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import honeytrace
+from honeytrace.training import Precision
 from honeytrace.world import SETTINGS, DataName
 
 if sys.version_info >= (3, 11):
@@ -38,7 +39,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # the same module, before it came with Python
 
-AnyPrecision: TypeAlias = Literal["float32", "bfloat16", "fastest"]
+AnyPrecision: TypeAlias = Precision | Literal["fastest"]
+PRECISIONS: tuple[str, ...] = (*get_args(Precision), "fastest")
 
 BUILT_IN = ("digits", "digits-small", "fashion")
 """Plans that come with the package."""
@@ -96,7 +98,7 @@ class Plan:
         name: of the plan.
         data: "digits" or "fashion".
         seeds: one world each.
-        precision: of all trainings; "fastest" is bfloat16 on machines that have it, float32 on others.
+        precision: of all trainings; "fastest" is what `training.fastest_precision` says of the device.
         alpha: false-claim probability of the verdicts.
         rows, columns, removals: name -> settings, in the order of the tables.
         attacks: all columns that removals may speak of, also those that are not run themselves.
@@ -216,8 +218,8 @@ class Plan:
                 f"plan {name}: seeds must be a list of integers from 0 to 2**31 - 1, got {seeds!r}"
             )
         precision, alpha = fields.get("precision", "float32"), fields.get("alpha", 1e-3)
-        if precision not in get_args(AnyPrecision):
-            allowed = ", ".join(get_args(AnyPrecision))
+        if precision not in PRECISIONS:
+            allowed = ", ".join(PRECISIONS)
             raise ValueError(f"plan {name}: precision must be one of {allowed}, got {precision!r}")
         if not isinstance(alpha, float) or not 0 < alpha < 1:
             raise ValueError(f"plan {name}: alpha must be in (0, 1), got {alpha!r}")
