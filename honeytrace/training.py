@@ -1,7 +1,7 @@
 """Training and asking a classifier: one plain loop that gives the same weights for the same seed."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
@@ -135,7 +135,7 @@ def fit(
         augment: changes each batch before it is learned.
         precision: "float32" (default); "bfloat16": the forward pass under autocast, weights and updates in
             float32 (where the processor has bfloat16 instructions a step takes half the time or less); or
-            "tensorfloat32", on a GPU only.
+            "tensorfloat32", which is float32 where there is no GPU.
         objective: gives loss and logits of each batch. It calls the model itself, which may then be anything
             that holds the weights to train (two copies, a copy with a second head). Runs under `precision`.
             Default: cross entropy of ``model(batch)``.
@@ -163,48 +163,100 @@ def fit(
     if inputs.nbytes + targets.nbytes <= _MOVED_AT_ONCE:
         inputs, targets = inputs.to(device), targets.to(device)
     batches = math.ceil(len(inputs) / batch_size)
-    total, look = epochs * batches, 1 if device.type == "cpu" else _LOOK
     order = torch.Generator().manual_seed(seed)
     # A stream of its own for augmentation, so that turning it on leaves the order of the samples as it was.
     changes = torch.Generator(device=inputs.device).manual_seed((seed + 1) % 2**64)
     optimizing = _make_optimizer(model, optimizer, learning_rate, weight_decay)
-    losses: list[float] = []
-    accuracies: list[float] = []
-    with _own_randomness(seed, device), repeatable(precision, device), _channels_last(model, inputs):
-        model.train()
-        step = _Step(
-            model,
-            inputs,
-            targets,
-            optimizing,
-            precision=precision,
-            objective=objective,
-            augment=augment,
-            changes=changes,
-        )
-        take = _Recorded(step) if _recording.get() and _Recorded.fits(step) else step
-        for epoch in range(epochs):
-            rows = torch.randperm(len(inputs), generator=order).to(inputs.device)
-            for number, chosen in enumerate(rows.tensor_split(batches)):
-                done = epoch * batches + number
-                _set_rate(optimizing, learning_rate * _one_cycle(done, total))
-                take(chosen, done / total)
-                if (done + 1) % look and number + 1 < batches:
-                    continue
-                value = step.loss.item()
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the loss became {value} in epoch {epoch + 1} of {epochs}; lower the learning rate "
-                        f"(learning_rate={learning_rate}) or look for infinite values in inputs"
-                    )
-                if progress is not None:
-                    progress(done + 1, total, f"epoch {epoch + 1} of {epochs}, loss {value:.3f}")
+    step = _Step(
+        model,
+        inputs,
+        targets,
+        optimizing,
+        precision=precision,
+        objective=objective,
+        augment=augment,
+        changes=changes,
+    )
+    take = _Recorded(step) if _recording.get() and _Recorded.fits(step) else step
+    total, losses, accuracies = epochs * batches, list[float](), list[float]()
+    rows: Sequence[Tensor] = ()
+
+    def learn(done: int) -> Tensor:
+        nonlocal rows
+        number = done % batches
+        if number == 0:
+            shuffled = torch.randperm(len(inputs), generator=order).to(inputs.device)
+            rows = shuffled.tensor_split(batches)
+        take(rows[number], done / total)
+        if number == batches - 1:
             losses.append(float(step.loss_sum) / len(inputs))
             accuracies.append(int(step.hits) / len(inputs))
             step.loss_sum.zero_()
             step.hits.zero_()
-    model.eval()
+        return step.loss
+
+    descend(
+        model,
+        learn,
+        optimizing,
+        steps=total,
+        seed=seed,
+        learning_rate=learning_rate,
+        precision=precision,
+        place=lambda done: f"epoch {done // batches + 1} of {epochs}",
+        progress=progress,
+    )
     return History(tuple(losses), tuple(accuracies))
+
+
+def descend(
+    model: nn.Module,
+    learn: Callable[[int], Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    seed: int,
+    learning_rate: float,
+    precision: Precision,
+    place: Callable[[int], str],
+    progress: Progress | None,
+) -> None:
+    """The loop of every training here: `steps` times the rate of the one-cycle policy, a step, a look at the
+    loss.
+
+    Args:
+        model: trained in place, in training mode; left in evaluation mode.
+        learn: takes a step, 0 to steps - 1, with `optimizer`, and gives its loss (a number), detached.
+        seed: what a dropout layer draws from; the global random state stays as it was.
+        learning_rate: the highest one of the cycle. The others as in `fit`.
+        place: says where a step lies, for errors and for `progress`.
+
+    Raises:
+        FloatingPointError: the loss became infinite or NaN.
+    """
+    device = device_of(model)
+    look = 1 if device.type == "cpu" else _LOOK
+    with _own_randomness(seed, device), _repeatable(precision), _channels_last(model):
+        model.train()
+        for done in range(steps):
+            rate = learning_rate * _one_cycle(done, steps)
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+            loss = learn(done)
+            if (done + 1) % look and done + 1 < steps:
+                continue
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss became {value} in {place(done)}; lower the learning rate "
+                    f"(learning_rate={learning_rate}) or look for infinite values in inputs"
+                )
+            if progress is not None:
+                progress(done + 1, steps, f"{place(done)}, loss {value:.3f}")
+    model.eval()
 
 
 @contextmanager
@@ -477,14 +529,6 @@ def adamw(weights: list[nn.Parameter], learning_rate: float, weight_decay: float
     return torch.optim.AdamW(weights, lr=rate, weight_decay=weight_decay, fused=True, capturable=True)
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
 @contextmanager
 def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, the default generators of CPU and `device` start from `seed`; outside, they are as before.
@@ -501,15 +545,9 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def repeatable(precision: Precision, device: torch.device) -> Iterator[None]:
+def _repeatable(precision: Precision) -> Iterator[None]:
     """Inside, a GPU takes only algorithms that give the same sums every time, and multiplies float32 exactly
-    or as `precision` allows.
-
-    Raises:
-        ValueError: `precision` is "tensorfloat32" and `device` is no GPU.
-    """
-    if precision == "tensorfloat32" and device.type != "cuda":
-        raise ValueError(f'precision="tensorfloat32" needs a model on a GPU, this one is on {device}')
+    or as `precision` allows."""
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32
     cudnn.deterministic, cudnn.benchmark = True, False
@@ -521,16 +559,13 @@ def repeatable(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _channels_last(model: nn.Module, inputs: Tensor) -> Iterator[None]:
-    """Keep the model's convolution weights channels-last while it trains on images.
+def _channels_last(model: nn.Module) -> Iterator[None]:
+    """Keep the model's convolution weights channels-last while it trains.
 
     oneDNN then need not rearrange anything: a quarter to a third off the time of a step on a CPU. The layout
     is put back at the end, for others (safetensors among them) want contiguous weights.
     """
-    images = inputs.dim() == 4
-    rearranged = [
-        weight for weight in model.parameters() if images and weight.dim() == 4 and weight.is_contiguous()
-    ]
+    rearranged = [weight for weight in model.parameters() if weight.dim() == 4 and weight.is_contiguous()]
     try:
         for weight in rearranged:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)

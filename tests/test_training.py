@@ -62,14 +62,12 @@ def test_the_fastest_precision_is_what_the_processor_multiplies(monkeypatch, pro
     assert training.fastest_precision() == "float32"
 
 
-def test_tensorfloat32_is_for_gpus(images: tuple[Tensor, Tensor]) -> None:
-    model = small_cnn(4, 1, 8, width=8)
-    before = weights(model)
-    with pytest.raises(
-        ValueError, match='precision="tensorfloat32" needs a model on a GPU, this one is on cpu'
-    ):
-        fit(model, *images, epochs=1, seed=0, precision="tensorfloat32")
-    assert same(weights(model), before)
+def test_tensorfloat32_is_float32_without_a_gpu(images: tuple[Tensor, Tensor]) -> None:
+    models = [seeded(lambda: small_cnn(4, 1, 8, width=8), 0) for _ in range(2)]
+    for model, precision in zip(models, ("float32", "tensorfloat32"), strict=True):
+        fit(model, *images, epochs=1, seed=0, precision=precision)
+    assert same(*map(weights, models))
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_bfloat16_learns_in_half_precision_with_weights_and_updates_in_float32(

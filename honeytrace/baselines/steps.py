@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from honeytrace.training import Precision, Progress, adamw, device_of, repeatable, seeded
+from honeytrace.training import Precision, Progress, adamw, descend, device_of
 
 
 class Batches(Iterator[Tensor]):
@@ -43,7 +42,7 @@ def train_steps(
     progress: Progress | None = None,
     text: str = "",
 ) -> None:
-    """Train `model` in place with AdamW and the one-cycle policy of `honeytrace.training.fit`.
+    """Train `model` in place with AdamW, in the loop of `honeytrace.training.fit`.
 
     Args:
         model: left in evaluation mode.
@@ -52,41 +51,30 @@ def train_steps(
         steps: how many times.
         seed: what a dropout layer draws from; the global random state stays as it was.
         learning_rate: the highest one of the cycle.
-        progress, text: told of every step, with the text and the loss.
+        progress, text: told of the steps, with the text and the loss.
 
     Raises:
         FloatingPointError: the loss became infinite or NaN.
     """
     device = device_of(model)
     optimizer = adamw(list(model.parameters()), learning_rate, weight_decay)
-    rises = max(1, steps // 4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
+
+    def learn(_: int) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = backward()
+        optimizer.step()
+        return loss
+
+    descend(
+        model,
+        learn,
         optimizer,
-        lambda step: (
-            (step + 1) / rises
-            if step < rises
-            else 0.5 * (1 + math.cos(math.pi * (step - rises) / max(1, steps - rises)))
-        ),
+        steps=steps,
+        seed=seed,
+        learning_rate=learning_rate,
+        precision=precision,
+        place=lambda done: f"{text}, step {done + 1} of {steps}",
+        progress=progress,
     )
-
-    def run() -> nn.Module:
-        for step in range(steps):
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                loss = backward().item()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss became {loss} in step {step + 1} of {steps} ({text})")
-            optimizer.step()
-            schedule.step()
-            if progress is not None:
-                progress(step + 1, steps, f"{text}, loss {loss:.3f}")
-        return model
-
-    # Faster on a CPU, and put back at the end, for safetensors among others want contiguous weights.
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.train()
-    with repeatable(precision, device):
-        seeded(run, seed)
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.zero_grad(set_to_none=True)
-    model.eval()

@@ -68,10 +68,16 @@ def run_cell(
         trainings; the ``device``, with the GPU's name; ``seconds``.
 
     Raises:
-        MissingDataset: the data is not on this machine. Whatever attack, defence and removal raise.
+        MissingDataset: the data is not on this machine.
+        ValueError: the cell wants the precision of a GPU, and `device` is none. Whatever attack, defence and
+            removal raise.
     """
     began = time.perf_counter()
     precision = training.fastest_precision(device) if cell.precision == "fastest" else cell.precision
+    if precision == "tensorfloat32" and torch.device(device).type != "cuda":
+        raise ValueError(
+            f'precision="tensorfloat32" is for GPUs, and the cell was to run on device={device!r}'
+        )
     bench = _bench(cell.data, cell.seed, precision, device, str(directory))
     try:
         # All that is trained here are networks whose forward pass is the same every time.
