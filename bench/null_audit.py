@@ -178,7 +178,7 @@ def _as_verify(watermark: Watermark, weights: list[np.ndarray], targets: list[in
 
 def _climbed(suspect: nn.Module, group: Any) -> np.ndarray:
     climber = climb(
-        group.triggers[0],
+        group.triggers[: len(group.ends)],
         group.ends,
         group.turns.tolist(),
         np.asarray(group.candidates),

@@ -359,6 +359,19 @@ TENSORS = {
     "references in four dimensions": lambda: {
         "reference_log_probs.1": held("reference_log_probs.1")[None, None].clone()
     },
+    "roads without turns": lambda: {"turns.1": None},
+    "turns without roads": lambda: {"ends.1": None},
+    "roads from no trigger": lambda: {"ends.1": held("ends.1")[:0], "turns.1": held("turns.1")[:0]},
+    "one road and a half from each": lambda: {n: held(n)[:3].clone() for n in ("ends.1", "turns.1")},
+    "turns of one start, ends of two": lambda: {"turns.1": held("turns.1")[:2].clone()},
+    "roads from more triggers than there are": lambda: {
+        "ends.1": held("ends.1").repeat(9, 1, 1),
+        "turns.1": held("turns.1").repeat(9, 1),
+    },
+    "roads to one candidate too few": lambda: {n: held(n)[:, 1:].clone() for n in ("ends.1", "turns.1")},
+    "ends that are one number": lambda: {"ends.1": torch.zeros(())},
+    "turns beyond the end": lambda: {"turns.1": held("turns.1") + 40},
+    "turns of floats": lambda: {"turns.1": held("turns.1").float()},
     "a reference with NaN": lambda: {"reference_log_probs.1": changed("reference_log_probs.1", torch.nan)},
 }
 

@@ -387,6 +387,27 @@ def test_a_reference_of_its_own():
             assert torch.allclose(b.reference_log_probs, world.model(b.triggers).log_softmax(1), atol=1e-6)
 
 
+def test_how_many_starts_roads_have_changes_nothing_else(monkeypatch):
+    """The key's other draws, the first start's ends among them, are the same for any number of starts."""
+    monkeypatch.setattr(calibration, "STARTS", 1)
+    for one, two in zip(mark().groups, marked().groups, strict=True):
+        assert one.ends.shape[0] == 1
+        assert two.ends.shape[0] == 2
+        assert torch.equal(one.triggers, two.triggers)
+        assert torch.equal(one.ends[0], two.ends[0])
+        assert torch.equal(one.turns[0], two.turns[0])
+        assert not torch.equal(two.ends[0], two.ends[1])
+
+
+def test_roads_start_at_no_more_triggers_than_there_are():
+    watermark = mark(triggers_per_group=1, graded_groups=2, flip_groups=1)
+    for group in watermark.groups:
+        assert group.ends.shape[:2] == (1, 2)
+        assert group.turns.shape[:2] == (1, 2)
+    verdict = verify(watermark.protect(blobs().model), watermark, KEY, answers="labels", stop_at_claim=False)
+    assert verdict.answers == "labels"
+
+
 def test_several_references():
     """One more dimension, the plain reference first; it alone says where roads turn; files hold all."""
     plain, other = seeded(mlp, 8), seeded(mlp, 9)
@@ -546,7 +567,7 @@ def test_of_many_classes_a_target_is_drawn_from_sixteen():
     for group in watermark.groups:
         assert not set(group.candidates) & set(group.sources)
         assert group.ends is not None
-        assert group.ends.shape[:2] == (2, 16)
+        assert group.ends.shape[:3] == (2, 2, 16)
     assert same(watermark, calibrate_with(**settings))
     labels = verify(watermark.protect(model), watermark, KEY, answers="labels", stop_at_claim=False)
     assert labels.answers == "labels"

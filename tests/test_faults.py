@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from worlds import KEY, blobs, marked
 from honeytrace import cli
 from honeytrace.files import read_limited, write_private
 from honeytrace.ownership import verify
+from honeytrace.ownership.commitment import Commitment, bind
 from honeytrace.ownership.journal import Journal
 from honeytrace.watermark import Watermark
 
@@ -285,3 +287,44 @@ def test_a_file_of_the_first_format_is_still_read():
     served = watermark.protect(blobs().model)
     assert verify(served, watermark, KEY).claim
     assert not verify(blobs().model, watermark, KEY).claim
+
+
+def test_roads_of_a_file_of_the_first_format_are_asked_as_before():
+    """Its groups have roads from one trigger each. The figures are of the version that wrote such files."""
+    watermark = Watermark.load(KEPT)
+    assert {group.ends.shape[:2] for group in watermark.groups} == {(1, 2)}
+    asked = hashlib.sha256()
+
+    def suspect(inputs: torch.Tensor) -> torch.Tensor:
+        rows = [row.numpy().tobytes() for row in inputs]
+        for row in rows:
+            asked.update(row)
+        return torch.tensor([hashlib.sha256(row).digest()[0] % 10 for row in rows])
+
+    verdict = verify(suspect, watermark, KEY, answers="labels", stop_at_claim=False)
+    assert asked.hexdigest() == "778d8a1c2b4bf8197216f7414839b1eed7e05a76cf01042803ed054f28369722"
+    assert (verdict.queries, verdict.queries_total) == (80, 200)
+    assert [group.target_rank for group in verdict.groups] == [8, 1, 8, 8, 1]
+    assert verdict.p_value == pytest.approx(0.1207275390625)
+
+
+def test_a_file_of_the_first_format_is_the_one_committed_to(tmp_path):
+    """A deposit made then still fits, and what is saved again is the same file."""
+    watermark = Watermark.load(KEPT)
+    watermark.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == KEPT.read_bytes()
+    deposit = Commitment(
+        key=KEY.commitment,
+        watermark="897187a765484c8a9feb078c7e2bf3c42146f7a9d77879798508563a538da3d5",
+        model="0" * 64,
+        candidates=(8,) * 5,
+        alpha=1e-3,
+        rule="exact",
+        honeytrace="0.1.0",
+        time="2026-01-01T00:00:00Z",
+    )
+    assert deposit.digest == "9ed1e8c5c9386cc374788850661ccdda5d7b8f8738936d17ae707bd67f3b521f"
+    bound, beacon = bind(watermark, KEY, deposit, "a value that appeared later")
+    assert beacon.commitment == deposit.digest
+    bound.save(tmp_path / "bound")
+    assert Watermark.load(tmp_path / "bound").digest() == deposit.watermark

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -12,61 +14,109 @@ from torch import Tensor
 from worlds import KEY, blobs, marked
 
 from honeytrace.ownership import verify
-from honeytrace.ownership.ladder import LADDERS, STEPS, Ladder, blend, climb, most_questions
+from honeytrace.ownership.ladder import LADDERS, STARTS, STEPS, Ladder, blend, climb, most_questions
+from honeytrace.ownership.planning import plan_rows
+from honeytrace.watermark import Watermark
 
 
 def scores(
-    suspect, candidates: list[int], turns: list[list[int]], order: list[int] | None = None
+    suspect, candidates: list[int], turns: list[list[list[int]]], order: list[int] | None = None
 ) -> tuple[np.ndarray, int]:
-    """The end of road r to candidate k is a one-hot of (r, k), so a question shows all."""
-    roads, size = len(turns), len(candidates)
-    ends = torch.eye(roads * size).reshape(roads, size, -1)
+    """Start s and the end of its road r to candidate k are one-hots of s and of (s, r, k), so a question
+    shows all: the suspect is told start, road, candidate and step."""
+    starts, roads, size = np.shape(turns)
+    hot = torch.eye(starts + starts * roads * size)
     climber = climb(
-        torch.zeros(roads * size),
-        ends,
+        hot[:starts],
+        hot[starts:].reshape(starts, roads, size, -1),
         turns,
         np.array(candidates),
         list(range(size)) if order is None else order,
     )
+
+    def answer(question: Tensor) -> int:
+        road, k = divmod(int(question[starts:].argmax()), size)
+        start, road = divmod(road, roads)
+        share = question[starts:].max()
+        assert question[start] == 1 - share
+        return suspect(candidates, (start, road, k), round(float(share) * STEPS))
+
     asked, questions = 0, next(climber)
     while True:
         asked += len(questions)
         try:
-            questions = climber.send(np.array([suspect(q, candidates, roads) for q in questions]))
+            questions = climber.send(np.array([answer(question) for question in questions]))
         except StopIteration as end:
             return end.value, asked
 
 
-def turning(steps: dict[tuple[int, int], int]):
-    """A suspect that says candidate k from a given step of road r on, and no class before."""
+def turning(steps: dict[tuple[int, int, int], int]):
+    """A suspect that says candidate k from a given step of start s's road r on, and no class before."""
 
-    def suspect(question: Tensor, candidates: list[int], roads: int) -> int:
-        place = int(question.argmax())
-        step = round(float(question.max()) * STEPS)
-        road, k = divmod(place, len(candidates))
-        return candidates[k] if question.max() > 0 and step >= steps[road, k] else -1
+    def suspect(candidates: list[int], road: tuple[int, int, int], step: int) -> int:
+        return candidates[road[2]] if step > 0 and step >= steps[road] else -1
 
     return suspect
 
 
-def reference(size: int, shift: dict[int, int], turn: int = 20) -> dict[tuple[int, int], int]:
-    return {(r, k): turn - shift.get(k, 0) for r in range(2) for k in range(size)}
+def reference(
+    size: int, shift: dict[int, int], turn: int = 20, starts: range = range(1)
+) -> dict[tuple[int, int, int], int]:
+    """Where a suspect turns that is `shift` steps ahead of the reference on the roads of these starts."""
+    return {(s, r, k): turn - shift.get(k, 0) for s in starts for r in range(2) for k in range(size)}
 
 
 @pytest.mark.parametrize("leader", range(5))
 @pytest.mark.parametrize("shift", [-6, -3, 1, 2, 3, 5, 8])
 def test_who_turns_earlier_than_all_others_leads(leader, shift):
-    turns = [[20] * 5, [20] * 5]
+    turns = [[[20] * 5] * 2]
     others = dict.fromkeys(range(5), -20)
     found, asked = scores(turning(reference(5, {**others, leader: shift})), [3, 4, 5, 7, 9], turns)
     assert found.argmax() == leader
     assert (found == found.max()).sum() == 1
-    assert asked <= most_questions(5)
+    assert asked <= most_questions(1, 5)
+
+
+def test_scores_of_two_starts_add_up():
+    """And so do the questions, though the second start's roads turn elsewhere."""
+    shifts = [{0: -9, 1: 0, 2: 5, 3: 8}, {0: 9, 1: 6, 2: -9, 3: -4}]
+    turns = [[[20] * 4] * 2, [[17] * 4] * 2]
+    alone = [
+        scores(turning(reference(4, shift, at[0][0])), [0, 2, 4, 6], [at])
+        for shift, at in zip(shifts, turns, strict=True)
+    ]
+    both = reference(4, shifts[0], 20) | reference(4, shifts[1], 17, range(1, 2))
+    found, asked = scores(turning(both), [0, 2, 4, 6], turns)
+    assert found.tolist() == (alone[0][0] + alone[1][0]).tolist()
+    assert asked == alone[0][1] + alone[1][1] <= most_questions(2, 4)
+
+
+@pytest.mark.parametrize("leader", range(4))
+def test_who_leads_on_the_second_starts_roads_only_is_found(leader):
+    turns = [[[20] * 4] * 2] * 2
+    leaning = reference(4, {}) | reference(4, {leader: 8}, starts=range(1, 2))
+    found, _ = scores(turning(leaning), [1, 3, 5, 7], turns)
+    assert found.argmax() == leader
+    assert (found == found.max()).sum() == 1
+    first, _ = scores(turning(leaning), [1, 3, 5, 7], turns[:1])
+    assert len(set(first)) == 1
+
+
+def test_the_first_starts_roads_are_asked_before_the_seconds():
+    asked: list[tuple[int, int]] = []
+
+    def suspect(candidates: list[int], road: tuple[int, int, int], step: int) -> int:
+        asked.append(road[:2])
+        return -1
+
+    scores(suspect, [1, 3, 5], [[[20] * 3] * 2] * 2)
+    assert list(dict.fromkeys(asked)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert asked == sorted(asked)
 
 
 def test_candidates_are_treated_alike():
     """A permutation of what the candidates do is a permutation of their scores, in any order of asking."""
-    turns = [[20] * 4, [20] * 4]
+    turns = [[[20] * 4] * 2]
     shifts = [-9, 0, 3, 8]
     expected, asked = scores(turning(reference(4, dict(enumerate(shifts)))), [0, 1, 2, 3], turns)
     for order in permutations(range(4)):
@@ -83,8 +133,8 @@ def test_candidates_are_treated_alike():
 
 @pytest.mark.parametrize("says", [-1, 3, 99])
 def test_constant_labels_favour_nobody_but_themselves(says):
-    turns = [[20] * 4, [20] * 4]
-    found, _ = scores(lambda q, c, r: says, [1, 3, 5, 7], turns)
+    turns = [[[20] * 4] * 2]
+    found, _ = scores(lambda *question: says, [1, 3, 5, 7], turns)
     rest = np.delete(found, 1)
     assert len(set(rest)) == 1
     assert (found[1] > rest[0]) == (says == 3)
@@ -105,25 +155,73 @@ def test_ladders_are_well_formed():
     for ladder in LADDERS:
         assert list(ladder.rungs) == sorted(set(ladder.rungs))
         assert 0 <= ladder.start < len(ladder.rungs)
-    assert most_questions(8, (Ladder((0, 1, 2), 1),)) == 16
+    assert most_questions(1, 8, (Ladder((0, 1, 2), 1),)) == 16
+    assert most_questions(3, 8, (Ladder((0, 1, 2), 1), Ladder((0,), 0))) == 72
 
 
 def test_climbing_is_told_nothing_of_the_target():
     assert not {"target", "target_index", "group"} & set(inspect.signature(climb).parameters)
 
 
-def test_calibration_lays_a_road_to_every_candidate():
+def test_calibration_lays_roads_from_two_triggers_to_every_candidate():
     for group in marked().groups:
         assert group.ends is not None
         assert group.turns is not None
-        assert group.ends.shape == (2, len(group.candidates), 24)
-        for road in range(2):
+        assert group.ends.shape == (STARTS, 2, len(group.candidates), 24)
+        for start, road in product(range(STARTS), range(2)):
             for k, label in enumerate(group.candidates):
-                place = int(group.turns[road, k])
-                points = [blend(group.triggers[0], group.ends[road, k], step) for step in range(STEPS + 1)]
+                place = int(group.turns[start, road, k])
+                trigger, end = group.triggers[start], group.ends[start, road, k]
+                points = [blend(trigger, end, step) for step in range(STEPS + 1)]
                 with torch.no_grad():
                     said = blobs().model(torch.stack(points)).argmax(1).tolist()
                 assert place == next((step for step, s in enumerate(said) if s == label), STEPS + 1)
+
+
+def from_one_start(watermark: Watermark) -> Watermark:
+    """The same watermark, with roads from the first trigger of each group alone."""
+    one = copy.copy(watermark)
+    one.groups = tuple(dataclasses.replace(g, ends=g.ends[:1], turns=g.turns[:1]) for g in watermark.groups)
+    return one
+
+
+def test_a_suspect_that_leans_at_the_second_triggers_roads_only_is_found():
+    """It says what the reference does, but the target, from a second trigger, 8 steps earlier."""
+    watermark, said = marked(), {}
+    for group in watermark.groups:
+        for start, road, k in np.ndindex(*group.turns.shape):
+            turn = int(group.turns[start, road, k])
+            if start == 1 and group.candidates[k] == group.target:
+                turn = max(turn - 8, 0)
+            for step in range(turn, STEPS + 1):
+                question = blend(group.triggers[start], group.ends[start, road, k], step)
+                said.setdefault(question.numpy().tobytes(), group.candidates[k])
+
+    def suspect(inputs: Tensor) -> Tensor:
+        return torch.tensor([said.get(row.numpy().tobytes(), -1) for row in inputs])
+
+    found = verify(suspect, watermark, KEY, answers="labels", stop_at_claim=False, alpha=0.02)
+    assert [group.target_rank for group in found.groups] == [1] * len(watermark.groups)
+    assert found.claim
+    first = verify(suspect, from_one_start(watermark), KEY, answers="labels", stop_at_claim=False)
+    assert all(group.target_rank > 1 for group in first.groups)
+    assert found.queries_total == 2 * first.queries_total
+    assert sum(group.queries for group in found.groups) > sum(group.queries for group in first.groups)
+
+
+def test_the_plan_counts_roads_from_every_start():
+    for watermark, starts in ((marked(), 2), (from_one_start(marked()), 1)):
+        expected = {
+            mark: sum(
+                most_questions(starts, len(group.candidates))
+                for group in watermark.groups
+                if group.mark == mark
+            )
+            for mark in ("graded", "flip")
+        }
+        assert {row.mark: row.by_labels for row in plan_rows(watermark.groups)} == expected
+    bare = [dataclasses.replace(group, ends=None, turns=None) for group in marked().groups]
+    assert all(row.by_labels == row.by_scores for row in plan_rows(bare))
 
 
 def test_roads_do_not_depend_on_the_targets():

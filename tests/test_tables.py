@@ -143,8 +143,10 @@ def test_the_whole_road_on_a_table() -> None:
 
 def test_roads_of_a_table_begin_at_the_trigger_and_end_at_the_end() -> None:
     group = road().watermark.groups[0]
-    assert torch.equal(ladder.blend(group.triggers[0], group.ends[0, 0], 0), group.triggers[0])
-    assert torch.equal(ladder.blend(group.triggers[0], group.ends[0, 0], ladder.STEPS), group.ends[0, 0])
+    assert torch.equal(ladder.blend(group.triggers[0], group.ends[0, 0, 0], 0), group.triggers[0])
+    assert torch.equal(
+        ladder.blend(group.triggers[0], group.ends[0, 0, 0], ladder.STEPS), group.ends[0, 0, 0]
+    )
 
 
 # ---- the letters

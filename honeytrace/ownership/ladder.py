@@ -1,4 +1,4 @@
-"""How near a suspect's labels come to each candidate class: questions on roads from a trigger to the class.
+"""How near a suspect's labels come to each candidate class: questions on roads from triggers to the class.
 
 A road leads from a trigger in STEPS steps to an end that is of class c. The owner's reference turns to c at
 a known step; a suspect that already says c some steps *earlier* leans to c. How many steps earlier is found
@@ -22,6 +22,14 @@ from honeytrace.ownership.answers import FloatArray, IntArray
 STEPS = 32
 """Steps of a road; step 0 is the trigger, step STEPS the end."""
 
+STARTS = 2
+"""Roads begin at so many triggers of a group, its first ones; at fewer where it has fewer.
+
+One trigger's roads have whims of their own. Of 39 copies of three Fashion-MNIST victims (graded mark, soft
+labels) one trigger claimed 29 and two 33; of 10 removals 2 and 5; for about twice the questions
+(docs/strength.md, "Roads by label").
+"""
+
 
 @dataclass(frozen=True)
 class Ladder:
@@ -33,8 +41,8 @@ class Ladder:
 
 
 LADDERS = (Ladder((4, 7), 0), Ladder((-6, -3, 0), 0))
-"""For the natural road and for the one by gradients. (The second begins behind the reference's turning point:
-steps along the reference's own gradient reach it sooner than any other model.)
+"""For the natural road and for the one by gradients, from each start. (The second begins behind the
+reference's turning point: steps along the reference's own gradient reach it sooner than any other model.)
 
 Short ones: longer ladders, and more roads where no candidate leads, tell more of a group and cost more than
 that is worth. Chosen on copies of the Fashion-MNIST victim under five keys, and tried on others; the figures
@@ -69,9 +77,9 @@ def blend(trigger: Tensor, end: Tensor, step: int) -> Tensor:
 
 
 def climb(
-    trigger: Tensor,
+    starts: Tensor,
     ends: Tensor,
-    turns: Sequence[Sequence[int]],
+    turns: Sequence[Sequence[Sequence[int]]],
     candidates: IntArray,
     order: Sequence[int],
     ladders: Sequence[Ladder] = LADDERS,
@@ -79,42 +87,55 @@ def climb(
     """Yield questions [n, ...], take their labels [n], and return the scores [K].
 
     Args:
-        trigger: float32 [...] or int64 [T]; ends: [R, K, ...]; turns: [R, K], where the reference turns.
+        starts: float32 [S, ...] or int64 [S, T], triggers; their roads are asked one start after another.
+        ends: [S, R, K, ...]; turns: [S, R, K], where the reference turns.
         candidates: [K] class numbers.
         order: a permutation of range(K), in which candidates are asked.
-        ladders: R of them.
+        ladders: R of them, for the roads of every start.
 
     Returns:
-        [K]: the rungs passed on all roads together.
+        [K]: the rungs passed on all roads of all starts together.
     """
     score = np.zeros(len(candidates))
-    for road, ladder in enumerate(ladders):
-        passed = np.zeros(len(candidates), dtype=np.int64)
-        rung, climbing, racing = ladder.start, True, list(order)
-        while True:
-            places = [min(STEPS, max(0, int(turns[road][k]) - ladder.rungs[rung])) for k in racing]
-            questions = [blend(trigger, ends[road, k], p) for k, p in zip(racing, places, strict=True)]
-            labels = yield torch.stack(questions)
-            hits = [k for k, label in zip(racing, labels, strict=True) if label == candidates[k]]
-            if rung == ladder.start:
-                climbing = bool(hits)
-                passed[:] = rung
-            elif not climbing:
-                passed[:] = rung
-            passed[hits] = rung + 1
-            if climbing:
-                racing = hits
-                rung += 1
-                if len(racing) <= 1 or rung == len(ladder.rungs):
-                    break
-            else:
-                rung -= 1
-                if hits or rung < 0:
-                    break
-        score += passed
+    for trigger, its_ends, its_turns in zip(starts, ends, turns, strict=True):
+        for road, ladder in enumerate(ladders):
+            score += yield from _race(trigger, its_ends[road], its_turns[road], candidates, order, ladder)
     return score
 
 
-def most_questions(candidates: int, ladders: Sequence[Ladder] = LADDERS) -> int:
+def _race(
+    trigger: Tensor,
+    ends: Tensor,
+    turns: Sequence[int],
+    candidates: IntArray,
+    order: Sequence[int],
+    ladder: Ladder,
+) -> Generator[Tensor, IntArray, IntArray]:
+    """As `climb`, along one road to each candidate: ends [K, ...], turns [K]."""
+    passed = np.zeros(len(candidates), dtype=np.int64)
+    rung, climbing, racing = ladder.start, True, list(order)
+    while True:
+        places = [min(STEPS, max(0, int(turns[k]) - ladder.rungs[rung])) for k in racing]
+        labels = yield torch.stack([blend(trigger, ends[k], p) for k, p in zip(racing, places, strict=True)])
+        hits = [k for k, label in zip(racing, labels, strict=True) if label == candidates[k]]
+        if rung == ladder.start:
+            climbing = bool(hits)
+            passed[:] = rung
+        elif not climbing:
+            passed[:] = rung
+        passed[hits] = rung + 1
+        if climbing:
+            racing = hits
+            rung += 1
+            if len(racing) <= 1 or rung == len(ladder.rungs):
+                return passed
+        else:
+            rung -= 1
+            if hits or rung < 0:
+                return passed
+
+
+def most_questions(starts: int, candidates: int, ladders: Sequence[Ladder] = LADDERS) -> int:
     """Questions of one group at most."""
-    return sum(candidates * max(len(ladder.rungs) - ladder.start, ladder.start + 1) for ladder in ladders)
+    rungs = sum(max(len(ladder.rungs) - ladder.start, ladder.start + 1) for ladder in ladders)
+    return starts * rungs * candidates

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from honeytrace.ownership import ladder
 from honeytrace.ownership.power import groups_needed, plan
 from honeytrace.ownership.sequential import Rule
@@ -26,6 +28,11 @@ class Group(Protocol):
     @property
     def candidates(self) -> Sequence[int]:
         """Classes the target was drawn from."""
+        ...
+
+    @property
+    def turns(self) -> Tensor | None:
+        """[S, R, K], of the roads from S triggers, for suspects that give labels only; None without roads."""
         ...
 
 
@@ -68,7 +75,8 @@ def plan_rows(
     marks = sorted({group.mark for group in groups}, key=lambda mark: mark != "flip")
     rows = []
     for mark in marks:
-        sizes = [len(group.candidates) for group in groups if group.mark == mark]
+        part = [group for group in groups if group.mark == mark]
+        sizes = [len(group.candidates) for group in part]
         for strength in strengths:
             share = alpha / len(marks)
             rows.append(
@@ -79,7 +87,12 @@ def plan_rows(
                     groups=len(sizes),
                     needed=groups_needed(min(sizes), strength, share, rule=rule),
                     by_scores=triggers * len(sizes),
-                    by_labels=sum(ladder.most_questions(size) for size in sizes),
+                    by_labels=sum(
+                        triggers
+                        if group.turns is None
+                        else ladder.most_questions(len(group.turns), len(group.candidates))
+                        for group in part
+                    ),
                 )
             )
     return rows

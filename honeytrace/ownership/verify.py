@@ -110,7 +110,7 @@ def verify(
     drown those it does.
 
     By scores, a few triggers of each group are asked. By labels, where the groups have roads to their
-    candidates (probes.py), the first trigger's neighbourhood is asked instead, step by step (ladder.py): a
+    candidates (probes.py), the first triggers' neighbourhoods are asked instead, step by step (ladder.py): a
     copy seldom says the target, but comes nearer to saying it. Flip groups come first: copies that learned
     them are claimed before the graded ones are asked.
 
@@ -301,9 +301,9 @@ class _Examiner:
     def _climb(self, index: int, group: _Group, test: SequentialTest) -> FloatArray:
         """Scores [K] from labels along the group's roads."""
         assert group.roads is not None
-        ends, turns = group.roads
+        starts, ends, turns = group.roads
         order = keyed_order(self.seed, f"candidates of group {index}", group.candidates.size)
-        climber = ladder.climb(group.triggers[0], ends, turns, group.candidates, order)
+        climber = ladder.climb(starts, ends, turns, group.candidates, order)
         questions = next(climber)
         while True:
             rows = self._put(questions, test)
@@ -331,8 +331,11 @@ class _Examiner:
         """Questions of all groups; by labels along roads at most these."""
         total = 0
         for group in self.groups:
-            by_road = group.roads is not None and self.kind != "scores"
-            total += ladder.most_questions(group.candidates.size) if by_road else len(group.triggers)
+            if group.roads is not None and self.kind != "scores":
+                starts, _, _ = group.roads
+                total += ladder.most_questions(len(starts), group.candidates.size)
+            else:
+                total += len(group.triggers)
         return total
 
 
@@ -345,7 +348,8 @@ class _Group:
     triggers: Tensor
     reference: FloatArray
     """[R, n, C] log-probabilities, the plain reference first."""
-    roads: tuple[Tensor, list[list[int]]] | None
+    roads: tuple[Tensor, Tensor, list[list[list[int]]]] | None
+    """Where they start [S, ...], where they end [S, R, K, ...], where the plain reference turns [S, R, K]."""
 
 
 def _read_group(group: TriggerGroup, index: int, num_classes: int, most: int | None) -> _Group:
@@ -368,8 +372,9 @@ def _read_group(group: TriggerGroup, index: int, num_classes: int, most: int | N
             f"n={len(group.triggers)} >= 1 triggers and C={num_classes}, got {list(given.shape)}"
         )
     ends, turns = getattr(group, "ends", None), getattr(group, "turns", None)
-    roads = None if ends is None or turns is None else (ends.detach(), turns.tolist())
-    return _Group(candidates, int(position[0]), group.triggers.detach()[:most], reference[:, :most], roads)
+    triggers = group.triggers.detach()
+    roads = None if ends is None or turns is None else (triggers[: len(ends)], ends.detach(), turns.tolist())
+    return _Group(candidates, int(position[0]), triggers[:most], reference[:, :most], roads)
 
 
 def _check_arguments(

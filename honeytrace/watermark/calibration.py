@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from honeytrace.ops import Bank
+from honeytrace.ownership.ladder import STARTS
 from honeytrace.rule import WatermarkRule, check_integer, check_number
 from honeytrace.training import Progress, predict
 from honeytrace.watermark.cost import Cost, cost_on
@@ -208,13 +209,16 @@ def calibrate(
     )
     proposals = [*graded, *flipped]
 
+    # Further starts of roads draw from streams of their own: whatever else the key chooses, the first start's
+    # ends among it, does not depend on how many there are.
+    choosers = [chooser, *(key.stream(f"inputs/start {start}") for start in range(1, STARTS))]
     known = predict(references[0], pool.inputs, batch_size=batch_size).float().softmax(dim=1).cpu()
     parts = _Parts(
         likely=likely,
         class_logits=class_logits(owner),
         planes=centred_planes(key, owner.features),
         groups=tuple(
-            _group(key, proposal, model, references, pool, known, chooser, batch_size, kind)
+            _group(key, proposal, model, references, pool, known, choosers, batch_size, kind)
             for proposal in proposals
         ),
         proposals=tuple(proposals),
@@ -402,28 +406,22 @@ def _group(
     references: Sequence[nn.Module],
     pool: Samples,
     known: Tensor,
-    chooser: KeyStream,
+    choosers: Sequence[KeyStream],
     batch_size: int,
     kind: Kind,
 ) -> TriggerGroup:
+    """With roads from its first triggers, one for each chooser."""
     triggers = proposal.triggers
     answers = [
         predict(reference, triggers, batch_size=batch_size).float().log_softmax(dim=1).cpu()
         for reference in references
     ]
-    candidates = candidates_of(proposal.sources, answers[0].shape[1], chooser)
-    ends, turns = roads(
-        model,
-        references[0],
-        triggers[0],
-        proposal.trigger_features[0],
-        candidates,
-        pool,
-        known,
-        chooser,
-        batch_size,
-        kind,
-    )
+    candidates = candidates_of(proposal.sources, answers[0].shape[1], choosers[0])
+    # A group may have fewer triggers than there are choosers.
+    laid = [
+        roads(model, references[0], trigger, features, candidates, pool, known, chooser, batch_size, kind)
+        for trigger, features, chooser in zip(triggers, proposal.trigger_features, choosers, strict=False)
+    ]
     return TriggerGroup(
         family=proposal.family,
         mark=proposal.mark,
@@ -432,8 +430,8 @@ def _group(
         target=draw_target(key, triggers, candidates),
         triggers=triggers,
         reference_log_probs=answers[0] if len(answers) == 1 else torch.stack(answers),
-        ends=ends,
-        turns=turns,
+        ends=torch.stack([ends for ends, _ in laid]),
+        turns=torch.stack([turns for _, turns in laid]),
     )
 
 

@@ -35,9 +35,9 @@ class TriggerGroup:
         triggers: float32 [n, ...], or token ids int64 [n, T]: what a suspect will be asked.
         reference_log_probs: float32 [n, C], the unmarked reference on the triggers; [R, n, C] of several, the
             plain one first.
-        ends, turns: [2, K, ...] of the triggers' dtype and int64 [2, K], roads from the first trigger to
-            every candidate, for suspects that give labels only (probes.py); None where the watermark was made
-            without them.
+        ends, turns: [S, 2, K, ...] of the triggers' dtype and int64 [S, 2, K], two roads from each of the
+            first S triggers to every candidate, for suspects that give labels only (probes.py); None where
+            the watermark was made without them. `calibrate` makes them for S = min(n, ladder.STARTS).
     """
 
     family: Family

@@ -1,11 +1,11 @@
-"""Roads from a trigger towards each candidate class, for suspects that give labels only.
+"""Roads from triggers towards each candidate class, for suspects that give labels only.
 
 A copy that learned a mark seldom *says* the target at a trigger; it only comes nearer to saying it. Along a
 road from the trigger to something of class c, the place where its label turns to c moves. For each candidate
-class alike there are two roads: to a natural sample of the class, and to the trigger changed by gradient
-steps until the owner's models call it that class. (Token ids have no gradient: there the second road leads to
-the natural sample of the class whose features are nearest to the trigger's.) Which road shows a mark differs
-from group to group (docs/ownership.md has the figures).
+class alike two roads lead from a trigger: to a natural sample of the class, and to the trigger changed by
+gradient steps until the owner's models call it that class. (Token ids have no gradient: there the second road
+leads to the natural sample of the class whose features are nearest to the trigger's.) Which road shows a mark
+differs from group to group and from trigger to trigger (docs/strength.md, "Roads by label").
 
 Nothing here looks at a target.
 """
@@ -43,11 +43,11 @@ def roads(
     batch_size: int,
     kind: Kind,
 ) -> tuple[Tensor, Tensor]:
-    """The ends of the roads of one group, and where the reference's label turns on them.
+    """The ends of the roads from one trigger, and where the reference's label turns on them.
 
     Args:
         model, reference: the owner's; gradients are taken of both.
-        trigger: float32 [...] or int64 [T], where all roads of the group begin; trigger_features: [D].
+        trigger: float32 [...] or int64 [T], where the roads begin; trigger_features: [D].
         candidates: K classes.
         pool: samples for the natural ends; probabilities: [N, C], the reference on them.
         stream: of the key's part for inputs.

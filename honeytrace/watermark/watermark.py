@@ -293,7 +293,10 @@ class Watermark:
             tensors[f"triggers.{g}"] = group.triggers
             tensors[f"reference_log_probs.{g}"] = group.reference_log_probs
             if group.ends is not None and group.turns is not None:
-                tensors[f"ends.{g}"], tensors[f"turns.{g}"] = group.ends, group.turns
+                # [S * 2, K, ...] and [S * 2, K]. With one start these are the tensors of the first files,
+                # which knew no more: so their bytes and the digests committed to stay what they were.
+                tensors[f"ends.{g}"] = group.ends.flatten(0, 1)
+                tensors[f"turns.{g}"] = group.turns.flatten(0, 1)
         if self._class_logits is not None:
             tensors["class_logits"] = self._class_logits
         fields = {
@@ -348,8 +351,8 @@ class Watermark:
                 target=_integers([group["target"]])[0],
                 triggers=tensors[f"triggers.{g}"],
                 reference_log_probs=tensors[f"reference_log_probs.{g}"],
-                ends=tensors.get(f"ends.{g}"),
-                turns=tensors.get(f"turns.{g}"),
+                ends=_by_start("ends", tensors.get(f"ends.{g}")),
+                turns=_by_start("turns", tensors.get(f"turns.{g}")),
             )
             for g, group in enumerate(fields["groups"])
         ]
@@ -409,7 +412,9 @@ class Watermark:
             _must(group.reference_log_probs.amax() < 1e-3, "reference_log_probs must be of probabilities")
             _must((group.ends is None) == (group.turns is None), "a group's roads are not whole")
             if group.ends is not None and group.turns is not None:
-                roads = (len(LADDERS), len(group.candidates))
+                starts, most = len(group.ends), len(group.triggers)
+                _must(starts <= most, f"roads must start at one of {most} triggers each, got {starts} starts")
+                roads = (starts, len(LADDERS), len(group.candidates))
                 _check_inputs("ends", group.ends, (*roads, *shape), self.groups[0].triggers)
                 _must(group.turns.dtype == torch.int64, "turns must be int64")
                 _must(tuple(group.turns.shape) == roads, f"turns must have shape {list(roads)}")
@@ -439,6 +444,16 @@ def _hashed(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str:
 
 class _Damage(ValueError):
     """What is wrong with a file, in words that may be shown."""
+
+
+def _by_start(name: str, roads: Tensor | None) -> Tensor | None:
+    """[S * 2, ...] as a file holds it -> [S, 2, ...]."""
+    if roads is None:
+        return None
+    each = len(LADDERS)
+    whole = roads.dim() > 0 and len(roads) > 0 and len(roads) % each == 0
+    _must(whole, f"{name} must have {each} roads from every start")
+    return roads.reshape(len(roads) // each, each, *roads.shape[1:])
 
 
 def _must(holds: object, otherwise: str) -> None:
