@@ -3,7 +3,8 @@
 A road leads from a trigger in STEPS steps to an end that is of class c. The owner's reference turns to c at
 a known step; a suspect that already says c some steps *earlier* leans to c. How many steps earlier is found
 rung by rung, for all candidates alike: who passes a rung climbs on, until one candidate is alone or the
-ladder ends; where nobody passes, the next lower rung is tried. Which question comes next depends on the
+ladder ends; where nobody passes, the next lower rung is tried. Rungs passed are summed over the roads, and
+the next trigger's roads are asked until one candidate leads. Which question comes next depends on the
 suspect's answers only, never on the target, so the score is a fixed function of suspect, questions and
 candidate, and the tests built on it stay exact.
 """
@@ -22,13 +23,12 @@ from honeytrace.ownership.answers import FloatArray, IntArray
 STEPS = 32
 """Steps of a road; step 0 is the trigger, step STEPS the end."""
 
-STARTS = 2
-"""Roads begin at so many triggers of a group, its first ones; at fewer where it has fewer.
+STARTS = 4
+"""Roads begin at so many triggers of a group at most, its first ones: one trigger's roads have whims of their
+own. More than four tell no more."""
 
-One trigger's roads have whims of their own. Of 39 copies of three Fashion-MNIST victims (graded mark, soft
-labels) one trigger claimed 29 and two 33; of 10 removals 2 and 5; for about twice the questions
-(docs/strength.md, "Roads by label").
-"""
+LEAD = 3
+"""Rungs. Once one candidate leads the next by so many, no further start is asked."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,12 @@ class Ladder:
     start: int
 
 
-LADDERS = (Ladder((4, 7), 0), Ladder((-6, -3, 0), 0))
+LADDERS = (Ladder((2, 5, 8), 0), Ladder((-7, -4, -1), 0))
 """For the natural road and for the one by gradients, from each start. (The second begins behind the
 reference's turning point: steps along the reference's own gradient reach it sooner than any other model.)
 
-Short ones: longer ladders, and more roads where no candidate leads, tell more of a group and cost more than
-that is worth. Chosen on copies of the Fashion-MNIST victim under five keys, and tried on others; the figures
-are in docs/ownership.md.
+Rungs, starts and lead were chosen together on 54 copies of three Fashion-MNIST victims, ten of them after
+removals; what was compared is in docs/strength.md ("Roads by label").
 """
 
 SCORE_NOISE = 0.1
@@ -87,19 +86,23 @@ def climb(
     """Yield questions [n, ...], take their labels [n], and return the scores [K].
 
     Args:
-        starts: float32 [S, ...] or int64 [S, T], triggers; their roads are asked one start after another.
+        starts: float32 [S, ...] or int64 [S, T], triggers; their roads are asked one start after another,
+            until one candidate leads by LEAD.
         ends: [S, R, K, ...]; turns: [S, R, K], where the reference turns.
         candidates: [K] class numbers.
         order: a permutation of range(K), in which candidates are asked.
         ladders: R of them, for the roads of every start.
 
     Returns:
-        [K]: the rungs passed on all roads of all starts together.
+        [K]: the rungs passed on all roads asked, together.
     """
     score = np.zeros(len(candidates))
     for trigger, its_ends, its_turns in zip(starts, ends, turns, strict=True):
         for road, ladder in enumerate(ladders):
             score += yield from _race(trigger, its_ends[road], its_turns[road], candidates, order, ladder)
+        second, first = np.sort(score)[-2:]
+        if first - second >= LEAD:
+            break
     return score
 
 

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from honeytrace.ops import Bank
-from honeytrace.ownership.ladder import STARTS
 from honeytrace.rule import WatermarkRule, check_integer, check_number
 from honeytrace.training import Progress, predict
 from honeytrace.watermark.cost import Cost, cost_on
-from honeytrace.watermark.groups import TriggerGroup, candidates_of, draw_target
+from honeytrace.watermark.groups import MOST_CANDIDATES, TriggerGroup, candidates_of, draw_target
 from honeytrace.watermark.head import check_head, features_of_all, find_head, get_head, sizes_of
 from honeytrace.watermark.key import KeyStream, SecretKey
 from honeytrace.watermark.kinds import Kind, kind_of
-from honeytrace.watermark.probes import roads
+from honeytrace.watermark.probes import roads, starts_for
 from honeytrace.watermark.proposals import (
     MIXING_POWER,
     NEIGHBOURS,
@@ -211,7 +210,8 @@ def calibrate(
 
     # Further starts of roads draw from streams of their own: whatever else the key chooses, the first start's
     # ends among it, does not depend on how many there are.
-    choosers = [chooser, *(key.stream(f"inputs/start {start}") for start in range(1, STARTS))]
+    starts = starts_for(inputs[0], len(proposals), min(classes - 2, MOST_CANDIDATES))
+    choosers = [chooser, *(key.stream(f"inputs/start {start}") for start in range(1, starts))]
     known = predict(references[0], pool.inputs, batch_size=batch_size).float().softmax(dim=1).cpu()
     parts = _Parts(
         likely=likely,

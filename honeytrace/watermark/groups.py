@@ -37,7 +37,7 @@ class TriggerGroup:
             plain one first.
         ends, turns: [S, 2, K, ...] of the triggers' dtype and int64 [S, 2, K], two roads from each of the
             first S triggers to every candidate, for suspects that give labels only (probes.py); None where
-            the watermark was made without them. `calibrate` makes them for S = min(n, ladder.STARTS).
+            the watermark was made without them. `calibrate` makes them for `probes.starts_for` triggers.
     """
 
     family: Family

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from honeytrace.ownership.ladder import blend, steps
+from honeytrace.ownership.ladder import LADDERS, STARTS, blend, steps
 from honeytrace.training import logits_of, predict
 from honeytrace.watermark.key import KeyStream
 from honeytrace.watermark.kinds import Kind
@@ -26,9 +26,23 @@ from honeytrace.watermark.samples import Samples
 _SURE = 0.9
 """A natural end is a sample that the reference gives its class with this probability, where there is one."""
 
+MOST_BYTES = 64 * 2**20
+"""Of the ends of all roads of a watermark. Of large images fewer triggers are started from."""
+
 _GRADIENT_STEPS = 24
 _STEP = 0.03
 """Length of a gradient step, as a share of the distance from the trigger to the natural end."""
+
+
+def starts_for(example: Tensor, groups: int, candidates: int) -> int:
+    """How many triggers of each group roads start at: STARTS, or as many as MOST_BYTES hold, at least one.
+
+    Args:
+        example: an input.
+        groups, candidates: how many groups there are, and candidates in each.
+    """
+    each = groups * len(LADDERS) * candidates * example.nbytes
+    return max(1, min(STARTS, MOST_BYTES // each))
 
 
 def roads(
