@@ -7,6 +7,7 @@ import torch
 
 from honeytrace import data, models, training
 from honeytrace.evaluation import Plan, run_cell
+from honeytrace.removal import REMOVALS
 from honeytrace.watermark import SecretKey, Watermark
 
 pytestmark = [
@@ -92,3 +93,12 @@ def test_a_recorded_loss_that_becomes_infinite_is_reported():
     model = training.seeded(lambda: models.tiny_cnn(10, 1, 8).to("cuda"), 1)
     with training.recorded_steps(), pytest.raises(FloatingPointError, match="loss became"):
         training.fit(model, *splits.train, epochs=40, seed=1, learning_rate=1e30)
+
+
+def test_a_student_is_born_alike_whatever_was_drawn_on_the_gpu_before():
+    model, splits = trained("cuda")
+    students = []
+    for seed in (1, 2):
+        torch.cuda.manual_seed(seed)
+        students.append(REMOVALS["distillation"](model, splits.pool, seed=3, epochs=1))
+    assert all(map(torch.equal, students[0].state_dict().values(), students[1].state_dict().values()))

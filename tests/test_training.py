@@ -276,7 +276,11 @@ def test_bad_data_is_named(inputs: Tensor, targets: Tensor, error: type[Exceptio
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be finite and above 0"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be finite and 0 or more"),
         ({"optimizer": "lion"}, ValueError, 'optimizer must be "adamw" or "sgd", got optimizer=\'lion\''),
-        ({"precision": "half"}, ValueError, "precision must be one of float32, bfloat16, tensorfloat32, got 'half'"),
+        (
+            {"precision": "half"},
+            ValueError,
+            "precision must be one of float32, bfloat16, tensorfloat32, got 'half'",
+        ),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], error: type[Exception], message: str) -> None:

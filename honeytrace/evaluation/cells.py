@@ -419,8 +419,10 @@ class _Groups:
 @lru_cache(maxsize=4)
 def _bench(data: DataName, seed: int, precision: training.Precision, device: str, directory: str) -> _Bench:
     if torch.device(device).type == "cuda":
-        # Answers are float32 that is float32, as on the CPU; trainings have the precision of the plan.
+        # Answers are float32 that is float32, as on the CPU; trainings have the precision of the plan. And
+        # what attacks and removals do with gradients outside of trainings must give the same bits again.
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     cache, key = ModelCache(Path(directory) / "models"), evaluation_key(seed)
     return _Bench(World(data, seed=seed, key=key, cache=cache, precision=precision, device=device))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from honeytrace.data import Split
-from honeytrace.training import Precision, Progress, check_settings, seeded
+from honeytrace.training import Precision, Progress, check_settings, device_of, seeded
 
 
 class Removal(Protocol):
@@ -87,14 +87,16 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def reborn(model: nn.Module, seed: int) -> nn.Module:
-    """A copy with fresh first weights: every part that can reset its parameters does."""
+    """A copy with fresh first weights, drawn on the CPU: every part that can reset its parameters does."""
+    device = device_of(model)
 
     def factory() -> nn.Module:
-        made = twin(model)
+        # A GPU would draw from a generator of its own, which `seeded` leaves alone.
+        made = twin(model).to("cpu")
         for module in made.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
         return made
 
-    return seeded(factory, seed)
+    return seeded(factory, seed).to(device)
