@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from worlds import KEY, blobs, mark, marked, mlp
 
 from honeytrace.ownership import verify
+from honeytrace.ownership.ladder import STARTS
 from honeytrace.training import accuracy, fit, predict, seeded
-from honeytrace.watermark import SecretKey, Summary, Watermark, calibrate, calibration
+from honeytrace.watermark import SecretKey, Summary, Watermark, calibrate, calibration, probes
 from honeytrace.watermark.kinds import Images
 
 OTHER = SecretKey(bytes(reversed(range(32))))
@@ -389,14 +390,20 @@ def test_a_reference_of_its_own():
 
 def test_how_many_starts_roads_have_changes_nothing_else(monkeypatch):
     """The key's other draws, the first start's ends among them, are the same for any number of starts."""
-    monkeypatch.setattr(calibration, "STARTS", 1)
-    for one, two in zip(mark().groups, marked().groups, strict=True):
+    monkeypatch.setattr(probes, "MOST_BYTES", 1)
+    for one, more in zip(mark().groups, marked().groups, strict=True):
         assert one.ends.shape[0] == 1
-        assert two.ends.shape[0] == 2
-        assert torch.equal(one.triggers, two.triggers)
-        assert torch.equal(one.ends[0], two.ends[0])
-        assert torch.equal(one.turns[0], two.turns[0])
-        assert not torch.equal(two.ends[0], two.ends[1])
+        assert more.ends.shape[0] == STARTS
+        assert torch.equal(one.triggers, more.triggers)
+        assert torch.equal(one.ends[0], more.ends[0])
+        assert torch.equal(one.turns[0], more.turns[0])
+        assert not torch.equal(more.ends[0], more.ends[1])
+
+
+def test_large_inputs_have_roads_from_fewer_triggers():
+    """With 16 groups of 16 candidates the roads of one start have 512 ends."""
+    small, middle, large = (torch.zeros(3, side, side) for side in (32, 64, 224))
+    assert [probes.starts_for(example, 16, 16) for example in (small, middle, large)] == [STARTS, 2, 1]
 
 
 def test_roads_start_at_no_more_triggers_than_there_are():

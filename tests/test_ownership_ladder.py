@@ -210,7 +210,7 @@ def test_a_suspect_that_leans_at_the_second_triggers_roads_only_is_found():
 
 
 def test_the_plan_counts_roads_from_every_start():
-    for watermark, starts in ((marked(), 2), (from_one_start(marked()), 1)):
+    for watermark, starts in ((marked(), STARTS), (from_one_start(marked()), 1)):
         expected = {
             mark: sum(
                 most_questions(starts, len(group.candidates))

@@ -275,7 +275,7 @@ def test_triggers_are_framed_token_ids_and_know_nothing_of_the_targets(monkeypat
     frame = Frame.of(spoken()[1][0])
     for group in groups:
         assert group.triggers.dtype == group.ends.dtype == torch.int64
-        assert group.ends.shape[:2] == group.turns.shape[:2] == (2, 2)
+        assert group.ends.shape[:2] == group.turns.shape[:2] == (ladder.STARTS, 2)
         assert group.triggers.min() >= 0
         assert group.triggers.max() < VOCABULARY
         bodies, lengths = frame.bodies(group.triggers)
