@@ -574,7 +574,7 @@ def test_of_many_classes_a_target_is_drawn_from_sixteen():
     for group in watermark.groups:
         assert not set(group.candidates) & set(group.sources)
         assert group.ends is not None
-        assert group.ends.shape[:3] == (2, 2, 16)
+        assert group.ends.shape[:3] == (STARTS, 2, 16)
     assert same(watermark, calibrate_with(**settings))
     labels = verify(watermark.protect(model), watermark, KEY, answers="labels", stop_at_claim=False)
     assert labels.answers == "labels"
