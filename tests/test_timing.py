@@ -16,7 +16,7 @@ pytest.importorskip("honeytrace._C", reason="this installation has no compiled c
 from honeytrace import WatermarkRule
 from honeytrace.numpy import Marker
 
-QUERIES, REPEATS = 60, 60
+QUERIES, REPEATS, TRIES = 60, 60, 4
 
 
 def times_by(marker: Marker, features: np.ndarray, logits: np.ndarray, constant_time: bool) -> np.ndarray:
@@ -48,10 +48,13 @@ def test_time_tells_bent_answers_from_others_only_without_constant_time(flip_bin
 
     # What one question tells. The median of a query's 55 times tells more, also of what is not the kernel's:
     # differences of a thousandth come and go, and two queries of one kind show them as well.
-    usual = times_by(marker, features, logits, constant_time=False)
-    seen = chance_longer(usual[bent].ravel(), usual[~bent].ravel())
-    assert seen > 0.75  # the instrument sees what there is to see
-    even = times_by(marker, features, logits, constant_time=True)
+    for _ in range(TRIES):  # the instrument must see what there is to see: beside other work it does not
+        usual = times_by(marker, features, logits, constant_time=False)
+        seen = chance_longer(usual[bent].ravel(), usual[~bent].ravel())
+        even = times_by(marker, features, logits, constant_time=True)
+        if seen > 0.75:
+            break
+    assert seen > 0.75
     assert 0.45 < chance_longer(even[bent].ravel(), even[~bent].ravel()) < 0.55
     medians = np.median(even, axis=1)
     assert abs(np.median(medians[bent]) / np.median(medians[~bent]) - 1) < 0.01

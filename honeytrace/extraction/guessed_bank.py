@@ -16,7 +16,7 @@ from honeytrace.extraction.session import Session
 from honeytrace.ops import reference
 from honeytrace.rule import WatermarkRule
 from honeytrace.training import Progress, device_of, evaluating, excess_loss, predict
-from honeytrace.watermark.head import features_of_all, find_head, get_head
+from honeytrace.watermark.head import features_of_all, find_head, get_head, watched
 from honeytrace.watermark.masks import Mask
 
 # What Honeytrace's calibration uses, for whoever reads its source.
@@ -250,10 +250,7 @@ def _check(mode: str, guess: str, groups: int, coverage: float, step: float) -> 
 
 def _features_of(model: nn.Module, head: str, batch: Tensor) -> Tensor:
     """Features [B, D] of a batch, with gradients, in the mode the model is in."""
-    seen: list[Tensor] = []
-    hook = get_head(model, head).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
+    with watched([get_head(model, head)]) as seen:
         model(batch)
-    finally:
-        hook.remove()
-    return seen[-1].flatten(1)  # a convolution gets [B, D, 1, 1]
+    features: Tensor = seen[-1].got.flatten(1)  # a convolution gets [B, D, 1, 1]
+    return features

@@ -8,7 +8,7 @@ from honeytrace.extraction.interface import Api, Extraction, Labels
 from honeytrace.extraction.recipe import Recipe
 from honeytrace.extraction.session import Session
 from honeytrace.training import Progress, device_of, seeded
-from honeytrace.watermark.head import find_head, get_head, linear_head
+from honeytrace.watermark.head import find_head, get_head, linear_head, watched
 
 
 def s4l(
@@ -76,15 +76,9 @@ class _TwoHeads(nn.Module):
     def forward(self, batch: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, C] of `batch`, and [B', 4] of `turned`. In one pass: batch normalisation must know both
         kinds of image alike."""
-        seen: list[Tensor] = []
-        hook = get_head(self.copy, self._name).register_forward_pre_hook(
-            lambda module, args: seen.append(args[0])
-        )
-        try:
+        with watched([get_head(self.copy, self._name)]) as seen:
             logits = self.copy(torch.cat([batch, turned]))
-        finally:
-            hook.remove()
-        return logits[: len(batch)], self.second(seen[-1][len(batch) :])
+        return logits[: len(batch)], self.second(seen[-1].got[len(batch) :])
 
 
 def _turned(images: Tensor, turns: Tensor) -> Tensor:

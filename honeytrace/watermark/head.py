@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,28 @@ Head: TypeAlias = nn.Linear | nn.Conv2d
 """A linear layer, or a 1x1 convolution, which is one on [B, D, 1, 1]."""
 
 _ANOTHER = "name another with head="
+
+
+class Run(NamedTuple):
+    """One run of a layer that was watched: what it got (its first argument) and gave."""
+
+    module: nn.Module
+    got: Any
+    gave: Any
+
+
+@contextlib.contextmanager
+def watched(modules: Iterable[nn.Module]) -> Iterator[list[Run]]:
+    """The runs of these layers inside the block, in their order, in a list that grows."""
+    runs: list[Run] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        runs.append(Run(module, args[0] if args else None, output))
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(note).remove)
+        yield runs
 
 
 def find_head(model: nn.Module, example: Tensor) -> str:
@@ -34,16 +57,8 @@ def find_head(model: nn.Module, example: Tensor) -> str:
             output.
     """
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules() if _is_head(module)}
-    ran: list[tuple[nn.Module, Any, Any]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        ran.append((module, args[0] if args else None, output))
-
-    with contextlib.ExitStack() as stack:
-        for module in names:
-            stack.callback(module.register_forward_hook(note).remove)
-        with evaluating(model), torch.no_grad():
-            answer = model(example.to(device_of(model)))
+    with watched(names) as ran, evaluating(model), torch.no_grad():
+        answer = model(example.to(device_of(model)))
     if not ran:
         raise ValueError(
             f"model must run an nn.Linear head, but {type(model).__name__} runs none of its {len(names)}; "
@@ -101,21 +116,12 @@ def features_and_logits(model: nn.Module, head: str, batch: Tensor) -> tuple[Ten
     Raises:
         ValueError: the head did not run, or ran on something else than the features of this batch's answers.
     """
-    seen: list[tuple[Any, Any]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append((args[0] if args else None, output))
-
     module = get_head(model, head)
-    hook = module.register_forward_hook(note)
-    try:
-        with evaluating(model):
-            answer = model(batch.to(device_of(model)))
-    finally:
-        hook.remove()
+    with watched([module]) as seen, evaluating(model):
+        answer = model(batch.to(device_of(model)))
     if not seen:
         raise ValueError(f"the head {head!r} did not run in a forward pass of the model")
-    features, logits = _rows(module, head, *seen[-1], answer, len(batch))
+    features, logits = _rows(module, head, seen[-1].got, seen[-1].gave, answer, len(batch))
     return features.float(), logits.float()
 
 
