@@ -61,9 +61,10 @@ def serve(
             import uvicorn
 
             from honeytrace.serving.http import create_app
-        except ImportError as error:
-            needed = 'serving needs FastAPI and uvicorn: pip install "honeytrace[serve]"'
-            raise Refused(f"{needed} ({error})") from error
+        except ModuleNotFoundError as error:
+            raise Refused(f'serving needs {error.name}: pip install "honeytrace[serve]"') from error
+        except ImportError as error:  # of the module above, which says what is missing
+            raise Refused(str(error)) from error
         from honeytrace.serving import Limits, PrometheusMetrics, ServiceSpec
 
         spec = ServiceSpec(

@@ -369,13 +369,17 @@ def test_the_command(tmp_path):
         process.stderr.close()
 
 
-@pytest.mark.parametrize("missing", ["uvicorn", "fastapi"])
-def test_without_the_extra_the_command_says_how_to_get_it(monkeypatch, missing):
+@pytest.mark.parametrize(
+    ("missing", "needed"),
+    [("uvicorn", "serving needs uvicorn"), ("fastapi", "the HTTP server needs FastAPI")],
+)
+def test_without_the_extra_the_command_says_how_to_get_it_once(monkeypatch, missing, needed):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "honeytrace.serving.http", raising=False)
     done = CliRunner().invoke(main, ["serve", "--model", "worlds:mlp", "--watermark", "none"])
     assert done.exit_code == 2
-    assert 'serving needs FastAPI and uvicorn: pip install "honeytrace[serve]"' in done.output
+    assert f'{needed}: pip install "honeytrace[serve]"' in done.output
+    assert done.output.count("pip install") == 1
 
 
 def test_the_command_refuses_in_one_line():
