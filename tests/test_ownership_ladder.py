@@ -114,6 +114,21 @@ def test_the_first_starts_roads_are_asked_before_the_seconds():
     assert asked == sorted(asked)
 
 
+@pytest.mark.parametrize(("others", "starts"), [(-20, 2), (0, 3), (8, 4)])
+def test_no_further_start_is_asked_once_one_leads_by_three_rungs(others, starts):
+    """A start gives the leader two rungs before those far behind, one before those that turn as the
+    reference does, and none before its equals."""
+    asked: set[int] = set()
+    leaning = turning(reference(4, {0: others, 1: others, 2: 8, 3: others}, starts=range(STARTS)))
+
+    def suspect(candidates: list[int], road: tuple[int, int, int], step: int) -> int:
+        asked.add(road[0])
+        return leaning(candidates, road, step)
+
+    scores(suspect, [1, 3, 5, 7], [[[20] * 4] * 2] * STARTS)
+    assert asked == set(range(starts))
+
+
 def test_candidates_are_treated_alike():
     """A permutation of what the candidates do is a permutation of their scores, in any order of asking."""
     turns = [[[20] * 4] * 2]
@@ -163,7 +178,7 @@ def test_climbing_is_told_nothing_of_the_target():
     assert not {"target", "target_index", "group"} & set(inspect.signature(climb).parameters)
 
 
-def test_calibration_lays_roads_from_two_triggers_to_every_candidate():
+def test_calibration_lays_roads_from_the_first_triggers_to_every_candidate():
     for group in marked().groups:
         assert group.ends is not None
         assert group.turns is not None

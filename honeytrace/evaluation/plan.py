@@ -40,7 +40,7 @@ else:
     import tomli as tomllib  # the same module, before it came with Python
 
 AnyPrecision: TypeAlias = Precision | Literal["fastest"]
-PRECISIONS: tuple[str, ...] = (*get_args(Precision), "fastest")
+_PRECISIONS: tuple[str, ...] = (*get_args(Precision), "fastest")
 
 BUILT_IN = ("digits", "digits-small", "fashion")
 """Plans that come with the package."""
@@ -218,8 +218,8 @@ class Plan:
                 f"plan {name}: seeds must be a list of integers from 0 to 2**31 - 1, got {seeds!r}"
             )
         precision, alpha = fields.get("precision", "float32"), fields.get("alpha", 1e-3)
-        if precision not in PRECISIONS:
-            allowed = ", ".join(PRECISIONS)
+        if precision not in _PRECISIONS:
+            allowed = ", ".join(_PRECISIONS)
             raise ValueError(f"plan {name}: precision must be one of {allowed}, got {precision!r}")
         if not isinstance(alpha, float) or not 0 < alpha < 1:
             raise ValueError(f"plan {name}: alpha must be in (0, 1), got {alpha!r}")
